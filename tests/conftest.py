@@ -1,0 +1,39 @@
+"""Fixtures shared by the tests: the local data folder, and one finished `tiny` run for all who read it."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = Path(os.environ.get("SHISA_TEST_RUN") or ROOT / "runs" / "tests" / "tiny")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that read the whole run come last, so that the quick ones speak first."""
+    items.sort(key=lambda item: "finished_run" in getattr(item, "fixturenames", ()))
+
+
+def shisa(*arguments: str, cwd: Path = ROOT, env: dict | None = None, timeout: float = 900) -> subprocess.CompletedProcess:
+    """Run the command line as a user does, and return what it printed."""
+    environment = {**os.environ, **(env or {})}
+    command = [sys.executable, "-c", "from shisa.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The local data folder (`SHISA_DATA`, default ../shared/data); skips where it is absent."""
+    folder = Path(os.environ.get("SHISA_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}: set SHISA_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run() -> Path:
+    """The folder of a whole `tiny` run made by the command line; it resumes if an earlier session left it half-done."""
+    done = shisa("run", "--out", RUN, "--rebuild", timeout=1500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return RUN
