@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'identity', 'numeric', 'placement', 'PROFILES', 'ShisaError', 'StageConfig', 'canonical', 'fingerprint',
            'file_sha256', 'write_json', 'differences', 'check_profile', 'project_root', 'run_root', 'environment',
-           'die_with_parent', 'markdown_table']
+           'die_with_parent', 'require_exported', 'markdown_table']
 
 # %% ../nbs/lib/00_config.ipynb #9bcbee17
 import ctypes
@@ -158,6 +158,24 @@ def die_with_parent() -> None:
             os._exit(137)
 
 # %% ../nbs/lib/00_config.ipynb #7875aa01
+def require_exported(chapter: str, module_file: str | None) -> None:
+    """Raise `ShisaError` where an exported cell of `nbs/<chapter>.ipynb` does not stand in the module."""
+    notebook = project_root() / "nbs" / f"{chapter}.ipynb"
+    if not notebook.is_file() or not module_file or Path(module_file).parent.parent != project_root():
+        return  # an installed wheel, or another checkout's notebooks
+
+    def plain(text: str) -> str:
+        return text.replace("from shisa.", "from .").strip()
+
+    module = plain(Path(module_file).read_text(encoding="utf-8"))
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code" and text.lstrip().startswith("#| export"):
+            code = plain("\n".join(line for line in text.split("\n") if not line.startswith("#|")))
+            if code not in module:
+                raise ShisaError(f"{notebook.name} and {Path(module_file).name} differ; export first: shisa prepare")
+
+# %% ../nbs/lib/00_config.ipynb #72ea25fd
 def markdown_table(rows: Iterable[dict[str, Any]]) -> Any:
     """Rows as a Markdown table that Jupyter, the site and GitHub all render. Floats get four significant digits."""
     from IPython.display import Markdown

@@ -14,12 +14,12 @@ import random
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import zstandard
 from . import sample
-from .config import ShisaError, file_sha256, markdown_table
+from .config import ShisaError, file_sha256
 
 # %% ../nbs/lib/05_evalsets.ipynb #957c1664
 @dataclass(frozen=True)
@@ -36,8 +36,16 @@ class Item:
 
 
 TASKS: dict[str, str] = {
-    "jamp": "NLI", "janli": "NLI", "jcommonsenseqa": "MC", "jemhopqa": "QA", "jnli": "NLI", "jsem": "NLI",
-    "jsick": "NLI", "jsquad": "RC", "jsts": "STS", "niilc": "QA",
+    "jamp": "NLI",
+    "janli": "NLI",
+    "jcommonsenseqa": "MC",
+    "jemhopqa": "QA",
+    "jnli": "NLI",
+    "jsem": "NLI",
+    "jsick": "NLI",
+    "jsquad": "RC",
+    "jsts": "STS",
+    "niilc": "QA",
 }
 DATASETS: tuple[str, ...] = tuple(TASKS)
 
@@ -53,35 +61,49 @@ def _three(entailment: str, contradiction: str) -> str:
 
 INSTRUCTIONS: dict[str, str] = {
     "jamp": _three("前提から仮説が、時間関係上導出可能である場合", "前提と仮説が両立しえない場合"),
-    "janli": _NLI.format(labels="entailment、non-entailment", rules=(
-        "- 前提に対して仮説が同じ意味を含む場合は、entailmentと出力\n"
-        "- 前提に対して仮説が異なる意味を含む場合は、non-entailmentと出力")),
+    "janli": _NLI.format(
+        labels="entailment、non-entailment",
+        rules=(
+            "- 前提に対して仮説が同じ意味を含む場合は、entailmentと出力\n"
+            "- 前提に対して仮説が異なる意味を含む場合は、non-entailmentと出力"
+        ),
+    ),
     "jcommonsenseqa": (
         "質問と回答の選択肢を入力として受け取り、選択肢から回答を選択してください。なお、回答は選択肢の番号（例：0）でするものとします。 "
-        "回答となる数値をint型で返し、他には何も含めないことを厳守してください。"),
+        "回答となる数値をint型で返し、他には何も含めないことを厳守してください。"
+    ),
     "jemhopqa": "質問を入力とし、回答を出力してください。回答の他には何も含めないことを厳守してください。",
     "jnli": _three("前提から仮説が、論理的知識や常識的知識を用いて導出可能である場合", "前提と仮説が両立しえない場合"),
-    "jsem": _NLI.format(labels="yes、no、unknown、undef", rules=(
-        "- 前提が仮説を含意する場合はyesと出力\n- 前提が仮説の否定を含意する場合はnoと出力\n"
-        "- 前提が仮説を含意せず、その否定も含意しない場合はunknownと出力\n"
-        "- 与えられた情報のみからは判断ができない場合はundefと出力")),
+    "jsem": _NLI.format(
+        labels="yes、no、unknown、undef",
+        rules=(
+            "- 前提が仮説を含意する場合はyesと出力\n- 前提が仮説の否定を含意する場合はnoと出力\n"
+            "- 前提が仮説を含意せず、その否定も含意しない場合はunknownと出力\n"
+            "- 与えられた情報のみからは判断ができない場合はundefと出力"
+        ),
+    ),
     "jsick": _three("前提が真であるとき仮説が必ず真になる場合", "前提が真であるとき仮説が必ず偽になる場合"),
     "jsquad": (
         "質問に対する回答を文章から一言で抽出してください。回答は名詞で答えてください。 "
-        "それ以外には何も含めないことを厳守してください。"),
+        "それ以外には何も含めないことを厳守してください。"
+    ),
     "jsts": (
         "日本語の文ペアの意味がどのくらい近いかを判定し、類似度を0〜5までの間の値で付与してください。"
         "0に近いほど文ペアの意味が異なり、5に近いほど文ペアの意味が似ていることを表しています。"
-        "整数値のみを返し、それ以外には何も含めないことを厳守してください。"),
+        "整数値のみを返し、それ以外には何も含めないことを厳守してください。"
+    ),
     "niilc": "質問に対する答えを出力してください。答えが複数の場合、コンマ（,）で繋げてください。",
 }
 
 # %% ../nbs/lib/05_evalsets.ipynb #57cf07cb
 def bundled_items(split: str = "test") -> list[Item]:
-    """The sample's own items: data sets sample_mc, sample_nli, sample_qa, sample_rc; split is train (few-shot) or test."""
+    """The sample's own items: sets sample_mc, sample_nli, sample_qa, sample_rc; split is train (few-shot) or test."""
     told = sample.evaluation_instructions()
-    return [Item(row["id"], row["dataset"], row["task"], row["split"], told[row["task"]], row["input"], row["output"])
-            for row in sample.evaluation() if row["split"] == split]
+    return [
+        Item(row["id"], row["dataset"], row["task"], row["split"], told[row["task"]], row["input"], row["output"])
+        for row in sample.evaluation()
+        if row["split"] == split
+    ]
 
 # %% ../nbs/lib/05_evalsets.ipynb #7c0eab93
 def read_bytes(path: Path) -> bytes:
@@ -171,7 +193,8 @@ def _jsts(folder: Path, split: str) -> Pairs:
 # The v1.1 training files of these two are not in the data folder: examples come from version 1.3's own test file,
 # and so never from what is scored.
 _GLUE = {
-    ("jnli", "test"): "jglue_v1.1/jnli-v1.1/valid-v1.1.json", ("jnli", "train"): "jglue_v1.3/jnli-v1.3/test-v1.3.json",
+    ("jnli", "test"): "jglue_v1.1/jnli-v1.1/valid-v1.1.json",
+    ("jnli", "train"): "jglue_v1.3/jnli-v1.3/test-v1.3.json",
     ("jsquad", "test"): "jglue_v1.1/jsquad-v1.1/valid-v1.1.json",
     ("jsquad", "train"): "jglue_v1.3/jsquad-v1.3/test-v1.3.json",
 }
@@ -198,8 +221,16 @@ def _niilc(folder: Path, split: str) -> Pairs:
 
 
 _READERS: dict[str, Callable[[Path, str], Pairs]] = {
-    "jamp": _jamp, "janli": _janli, "jcommonsenseqa": _jcommonsenseqa, "jemhopqa": _jemhopqa, "jnli": _jnli,
-    "jsem": _jsem, "jsick": _jsick, "jsquad": _jsquad, "jsts": _jsts, "niilc": _niilc,
+    "jamp": _jamp,
+    "janli": _janli,
+    "jcommonsenseqa": _jcommonsenseqa,
+    "jemhopqa": _jemhopqa,
+    "jnli": _jnli,
+    "jsem": _jsem,
+    "jsick": _jsick,
+    "jsquad": _jsquad,
+    "jsts": _jsts,
+    "niilc": _niilc,
 }
 
 
@@ -219,7 +250,7 @@ def load_dataset(name: str, folder: Path, split: str = "test") -> list[Item]:
 
 
 def draw(items: list[Item], count: int, seed: int) -> list[Item]:
-    """`count` items drawn without replacement by a seeded generator, in their original order; all where there are fewer."""
+    """`count` items drawn without replacement by a seeded generator, in their own order; all where there are fewer."""
     chosen = random.Random(seed).sample(range(len(items)), min(count, len(items)))
     return [items[index] for index in sorted(chosen)]
 
@@ -269,14 +300,25 @@ def evaluation_texts(folder: Path | None) -> list[dict[str, str]]:
     items = [item for split in ("test", "train") for item in bundled_items(split)]
     rows = []
     if folder is not None:
-        items += [item for name in DATASETS if data_fingerprint(folder, (name,))
-                  for split in ("test", "train") for item in load_dataset(name, folder, split)]
+        items += [
+            item
+            for name in DATASETS
+            if data_fingerprint(folder, (name,))
+            for split in ("test", "train")
+            for item in load_dataset(name, folder, split)
+        ]
         for variant, path in MTBENCH.items():
             if (Path(folder) / path).is_file():
-                rows += [(f"mtbench/{variant}/{question['question_id']}/{number}", turn)
-                         for question in mtbench_questions(variant, folder) for number, turn in enumerate(question["turns"])]
+                rows += [
+                    (f"mtbench/{variant}/{question['question_id']}/{number}", turn)
+                    for question in mtbench_questions(variant, folder)
+                    for number, turn in enumerate(question["turns"])
+                ]
     for item in items:
-        rows += [(f"{item.dataset}/{item.split}/{item.id}/{number}", field) for number, field in enumerate(_fields(item.input))]
+        rows += [
+            (f"{item.dataset}/{item.split}/{item.id}/{number}", field)
+            for number, field in enumerate(_fields(item.input))
+        ]
     seen: dict[str, str] = {}
     for id, text in rows:
         seen.setdefault(text, id)
@@ -290,7 +332,7 @@ HEADER = (
 
 
 def few_shot_prompt(instruction: str, shots: list[Item]) -> str:
-    """The llm-jp-eval v1.0 prompt of one task with worked examples and a literal `{input}`; fill it by `fill_prompt`."""
+    """The llm-jp-eval v1.0 prompt of one task: worked examples, a literal `{input}`; `fill_prompt` fills it."""
     examples = "".join(f"### 入力：\n{shot.input}\n### 回答：\n{shot.output}\n\n" for shot in shots)
     return f"{HEADER}{instruction}\n\n{examples}### 入力：\n{{input}}\n### 回答：\n"
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import ShisaError, fingerprint, markdown_table, project_root, run_root
-from .stage import Artifact, existing, get_stage, lineage, module_of, module_sha256, run_stage
+from .stage import Artifact, describe, existing, get_stage, lineage, module_of, module_sha256, run_stage
 
 # %% ../nbs/lib/09_pipeline.ipynb #ed0a0241
 PARTS: dict[str, tuple[str, ...]] = {
@@ -52,9 +52,7 @@ def plan(profile: str, out: str | Path = "", names: tuple[str, ...] = STAGES) ->
         if name not in names and not any(name in lineage(n) for n in names):
             continue
         stage = get_stage(name)
-        config = stage.config(profile)
-        wanted = {"stage": stage.name, "version": stage.version, "config": config.part("identity"),
-                  "external": stage.external(config), "inputs": {i: marks[i] for i in stage.inputs}}
+        wanted = describe(stage, stage.config(profile), {i: marks[i] for i in stage.inputs})
         marks[name] = fingerprint(wanted)
         standing, changed = existing(root / name, wanted)
         state = "todo" if standing is None else "changed" if changed else "done"
@@ -100,7 +98,7 @@ def execute_notebook(notebook: Path, target: Path, profile: str, out: str | Path
     os.environ.update(kernel_environment())
     try:
         papermill.execute_notebook(notebook, target, {"profile": profile, "out": str(out)}, cwd=notebook.parent,
-                                   progress_bar=False, log_output=False, stdout_file=None, stderr_file=None)
+                                   progress_bar=False, log_output=False, extra_arguments=["--log-level=40"])
     except PapermillExecutionError as error:
         if error.ename == "ShisaError":
             raise ShisaError(error.evalue) from None
@@ -208,6 +206,8 @@ def run(profile: str = "tiny", out: str | Path = "", only: str = "", start: str 
         dry_run: bool = False, say: Callable[[str], None] = print) -> Path:
     """Run the book, or what is left of it; returns the run's folder. Raises `ShisaError` before anything half-done."""
     root = run_root(profile, out)
+    if named := os.environ.get("SHISA_DATA"):  # relative to where the user stands; kernels stand in nbs/
+        os.environ["SHISA_DATA"] = str(Path(named).resolve())
     chapters = todo(profile, root, only, start, rebuild, say)
     if dry_run:
         say("\n".join(["would run:", *chapters]) if chapters else "nothing to do: every stage stands")

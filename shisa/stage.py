@@ -22,7 +22,8 @@ from typing import Any
 import polars as pl
 from filelock import FileLock, Timeout
 from shisa.config import (
-    ShisaError, StageConfig, check_profile, differences, environment, file_sha256, fingerprint, run_root, write_json,
+    ShisaError, StageConfig, check_profile, differences, environment, file_sha256, fingerprint, require_exported, run_root,
+    write_json,
 )
 
 # %% ../nbs/lib/01_stage.ipynb #10d9fc73
@@ -35,17 +36,9 @@ class Artifact:
             self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ShisaError(f"{self.path}: no manifest.json, so this stage has not finished; run it first") from None
+        self.metrics: dict[str, Any] = self.manifest["metrics"]
+        self.counts: dict[str, Any] = self.manifest["counts"]  # in = kept + Σ dropped by reason
         self._seen: set[str] = set()
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """The numbers that the stage measured."""
-        return self.manifest["metrics"]
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        """in = kept + Σ dropped by reason."""
-        return self.manifest["counts"]
 
     def file(self, name: str) -> Path:
         """The path of one file of the artifact, its SHA-256 verified once per object."""
@@ -141,14 +134,14 @@ def get_stage(stage: str) -> Stage:
     return module_of(stage).STAGE
 
 # %% ../nbs/lib/01_stage.ipynb #bc4a64a4
-def describe(stage: Stage, config: StageConfig, inputs: dict[str, Artifact]) -> dict[str, Any]:
-    """All that decides a stage's result: stage, version, identity fields, outside content, fingerprints of inputs."""
+def describe(stage: Stage, config: StageConfig, marks: dict[str, str]) -> dict[str, Any]:
+    """All that decides a stage's result: stage, version, identity fields, outside content, fingerprints of its inputs."""
     return {
         "stage": stage.name,
         "version": stage.version,
         "config": config.part("identity"),
         "external": stage.external(config),
-        "inputs": {name: artifact.manifest["fingerprint"] for name, artifact in inputs.items()},
+        "inputs": marks,
     }
 
 
@@ -210,9 +203,11 @@ def run_stage(name: str, profile: str = "tiny", out: str | Path = "", *, rebuild
     missing, or when another process holds the stage.
     """
     stage, root = get_stage(name), run_root(profile, out)
+    require_exported(name, getattr(module_of(name), "__file__", None))
     config = config or stage.config(check_profile(profile))
     inputs = {i: Artifact(root / i) for i in stage.inputs}
-    wanted, target = describe(stage, config, inputs), root / name
+    wanted = describe(stage, config, {i: artifact.manifest["fingerprint"] for i, artifact in inputs.items()})
+    target = root / name
     (root / ".work").mkdir(parents=True, exist_ok=True)
     lock = root / ".work" / f"{name}.lock"
     try:

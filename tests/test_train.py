@@ -1,0 +1,322 @@
+"""Packing, bits per byte, the training loop and its launcher: on toy models, all on the CPU."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shisa.bits import Window, heldout_windows, score_windows, split_windows, unigram_bits_per_byte
+from shisa.config import ShisaError, file_sha256
+from shisa.packing import IGNORE, Packed, Piece, best_fit_decreasing, check_packed, cut, draw, encode_documents, pack
+from shisa.train import last_checkpoint
+
+BOS, EOS = 1, 2
+ROOT = Path(__file__).parent.parent
+
+
+def document(size: int) -> np.ndarray:
+    return np.array([BOS, *(3 + np.arange(size) % 20), EOS], dtype=np.int32)
+
+
+# ---- packing
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(2, 24))
+@settings(max_examples=150, deadline=None)
+def test_packing_keeps_every_token_and_every_end(sizes, length):
+    documents = [document(size) for size in sizes]
+    packed = pack(cut(documents, length), length, pad_id=0)
+    assert check_packed(packed, BOS, EOS) == len(documents)
+    parts: dict[int, list[list[int]]] = {}
+    for ids, lengths, owners, _ in packed.frame.iter_rows():
+        for stop, size, owner in zip(np.cumsum(lengths), lengths, owners, strict=True):
+            parts.setdefault(owner, []).append(ids[stop - size:stop])
+    for number, whole in enumerate(documents):  # the pieces of a document hold its tokens, each once
+        tokens = sorted(token for piece in parts[number] for token in piece[1:])
+        assert tokens == sorted(whole[1:].tolist())
+    assert packed.cut_documents == sum(len(whole) > length for whole in documents)
+
+
+@given(st.lists(st.integers(1, 16), max_size=80))
+def test_best_fit_fills_no_sequence_beyond_its_length(sizes):
+    bins = best_fit_decreasing(sizes, 16)
+    assert sorted(i for members in bins for i in members) == list(range(len(sizes)))
+    fill = [sum(sizes[i] for i in members) for members in bins]
+    assert all(0 < total <= 16 for total in fill)
+    assert sum(total <= 8 for total in fill) <= 1  # two half-empty sequences would have been one
+
+
+def test_labels_are_the_next_token_within_a_piece_and_nothing_else():
+    packed = pack(cut([document(3), document(1), document(12)], 8), 8, pad_id=0)
+    for row in range(len(packed)):
+        batch = {name: value[0] for name, value in packed.batch(np.array([row])).items()}
+        ends = np.flatnonzero(np.diff(np.append(batch["position_ids"], 0)) != 1)
+        for at, label in enumerate(batch["labels"]):
+            inside = at not in ends and batch["input_ids"][at + 1] != 0
+            assert label == (batch["input_ids"][at + 1] if inside else IGNORE)
+    every = packed.batch(np.arange(len(packed)))["labels"]
+    assert (every == EOS).sum() == 3 and not (every == BOS).any() and not (every == 0).any()
+
+
+def test_a_document_without_its_end_is_found():
+    broken = [Piece(np.array([BOS, 5, 6], dtype=np.int32), 0, True)]
+    with pytest.raises(ValueError, match="document 0"):
+        check_packed(pack(broken, 8, 0), BOS, EOS)
+    with pytest.raises(ValueError, match="document 0"):
+        check_packed(pack([broken[0]._replace(ends=False)], 8, 0), BOS, EOS)
+
+
+def test_packed_file_round_trip_and_same_bytes(tmp_path):
+    packed = pack(cut([document(size) for size in range(30)], 16), 16, pad_id=7, seed=3)
+    packed.save(tmp_path / "a.parquet")
+    again = Packed.load(tmp_path / "a.parquet")
+    assert again.frame.equals(packed.frame) and (again.length, again.pad_id) == (16, 7)
+    pack(cut([document(size) for size in range(30)], 16), 16, pad_id=7, seed=3).save(tmp_path / "b.parquet")
+    assert file_sha256(tmp_path / "a.parquet") == file_sha256(tmp_path / "b.parquet")
+
+
+def test_draw_meets_its_budget_and_numbers_passes_apart():
+    pieces = cut([document(size) for size in (3, 5, 9)], 32)
+    chosen = draw(pieces, 100, seed=0)
+    total = sum(len(piece.tokens) for piece in chosen)
+    assert 100 <= total < 100 + 11
+    assert len({piece.document for piece in chosen}) == len(chosen)
+    check_packed(pack(chosen, 32, 0), BOS, EOS)
+
+
+# ---- a tokenizer and models to test with
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from shisa.base import base_tokenizer
+    from shisa.train import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    base_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+def toy(vocabulary: int = 64, hidden: int = 16, seed: int = 0):
+    from shisa.base import new_model
+
+    return new_model(vocabulary, hidden, 1, 2, 64, seed)
+
+
+def test_a_stop_token_written_in_a_text_stays_text(tokenizer):
+    ids = encode_documents(tokenizer, ["a </s> b <s> c"])[0].tolist()
+    assert ids.count(EOS) == 1 and ids[-1] == EOS and ids.count(BOS) == 1
+    assert tokenizer.decode(ids[1:-1]) == "a </s> b <s> c"
+
+
+# ---- bits per byte
+
+@given(st.text(alphabet="aé日𠮷 \n", max_size=60), st.integers(4, 20))
+def test_windows_are_the_text(text, size):
+    windows = split_windows(text, size)
+    assert "".join(window.text for window in windows) == text
+    assert all(0 < len(window.text.encode()) <= size for window in windows)
+    assert [window.ends for window in windows] == [False] * (len(windows) - 1) + [True] * bool(windows)
+
+
+def test_bits_per_byte_is_what_the_definition_says(tokenizer):
+    import torch
+
+    model = toy(len(tokenizer)).eval()
+    texts = ["A short line.", "短い文。", "The rain stopped before noon, and the path along the river was already dry."]
+    bits, ends, elsewhere = 0.0, [], []
+    for text in texts:
+        for window in split_windows(text, 40):
+            ids = tokenizer(window.text)["input_ids"] + ([EOS] if window.ends else [])
+            with torch.no_grad():
+                logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            for at in range(1, len(ids)):
+                bits -= float(logp[at - 1, ids[at]]) / math.log(2)
+                (ends if ids[at] == EOS else elsewhere).append(float(logp[at - 1, EOS].exp()))
+    windows = [window for text in texts for window in split_windows(text, 40)]
+    for budget in (50, 4096):  # however it is batched
+        scores = score_windows(model, tokenizer, windows, budget)
+        assert scores.bits_per_byte == pytest.approx(bits / sum(len(t.encode()) for t in texts), rel=1e-5)
+        assert scores.p_eos_ratio == pytest.approx(np.mean(ends) / np.mean(elsewhere), rel=1e-4)
+        assert scores.ends == 3
+
+
+def test_unigram_is_not_beaten_by_chance(tokenizer):
+    texts = ["the cat sat on the mat"] * 20
+    assert unigram_bits_per_byte(tokenizer, texts, texts) < unigram_bits_per_byte(tokenizer, ["zzz"], texts)
+
+
+def test_heldout_draw_takes_from_every_source():
+    rows = [{"id": f"{s}{i}", "text": "x" * 1000, "source": s, "lang": "en"} for s in "abc" for i in range(1 + 30 * (s == "a"))]
+    windows = heldout_windows(pl.DataFrame(rows), cap=3000, window_bytes=100)["en"]
+    assert len(windows) == 30 and windows == heldout_windows(pl.DataFrame(rows[::-1]), cap=3000, window_bytes=100)["en"]
+    assert isinstance(windows[0], Window)
+
+
+# ---- padding rows
+
+def test_padding_rows_have_no_probability_and_survive_a_reload(tmp_path):
+    import torch
+    from shisa.base import mistral_model_file, pad_pieces, save_spm_tokenizer, spm_proto
+    from shisa.train import load_model, load_tokenizer, pad_id, padding_ids, save_model
+
+    proto = spm_proto(mistral_model_file())
+    pad_pieces(proto)
+    (tmp_path / "t.model").write_bytes(proto.SerializeToString())
+    save_spm_tokenizer(tmp_path / "t.model", tmp_path / "tokenizer")
+    padded = load_tokenizer(tmp_path / "tokenizer")
+    assert len(padded) == 32_064 and padding_ids(padded) == list(range(32_000, 32_064)) and pad_id(padded) == 32_000
+    save_model(toy(len(padded), 8), padded, tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    with torch.no_grad():
+        chances = model(torch.tensor([[1, 500, 600]])).logits.softmax(-1)
+    assert chances[..., 32_000:].max() == 0 and model.generation_config.pad_token_id == 32_000
+    assert load_tokenizer(tmp_path / "model").backend_tokenizer.normalizer is not None
+
+
+def test_a_base_is_fetched_from_a_folder_laid_out_like_the_hub(tmp_path, tokenizer):
+    from shisa.base import fetch, mistral_model_file
+    from shisa.train import load_model, load_tokenizer
+
+    hub = tmp_path / "hub"
+    toy(32_000, 8).save_pretrained(hub, max_shard_size="1MB")
+    assert (hub / "model.safetensors.index.json").is_file()
+    (hub / "tokenizer.model").write_bytes(mistral_model_file().read_bytes())
+    (hub / "pytorch_model.bin").write_bytes(b"a pickle, not to be copied")
+    (hub / "tokenizer.json").write_text("{}")
+    fetch(str(hub), "main", tmp_path / "model")
+    assert not (tmp_path / "model" / "pytorch_model.bin").exists()
+    assert load_model(tmp_path / "model").config.vocab_size == 32_000
+    assert load_tokenizer(tmp_path / "model")("雨が止んだ。")["input_ids"] == tokenizer("雨が止んだ。")["input_ids"]
+    with pytest.raises(ShisaError, match="holds no"):
+        fetch(str(tmp_path / "tokenizer"), "main", tmp_path / "other") if (tmp_path / "tokenizer").is_dir() else fetch(
+            str(_empty(tmp_path)), "main", tmp_path / "other")
+
+
+def _empty(folder: Path) -> Path:
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+# ---- killed and launched: the stage's own function in processes of its own
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    """A toy model and packed file as 31_pretrain's `train` wants them."""
+    from shisa.base import base_tokenizer
+    from shisa.train import load_tokenizer, save_model
+
+    folder = tmp_path_factory.mktemp("spec")
+    base_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    save_model(toy(len(tokenizer), 8), tokenizer, folder / "model")
+    texts = [f"Number {i} comes after number {i - 1}." * (1 + i % 5) for i in range(80)]
+    pack(cut(encode_documents(tokenizer, texts), 32), 32, pad_id=0).save(folder / "packed.parquet")
+    training = {"steps": 12, "batch": 4, "micro_batch": 2, "learning_rate": 1e-2, "checkpoint_every": 3, "warmup": 2}
+    return {"model": str(folder / "model"), "packed": str(folder / "packed.parquet"), "settings": training}
+
+
+def placed(spec: dict, folder: Path, **changes) -> tuple[dict, Path]:
+    folder.mkdir(parents=True)
+    own = {**spec, **changes, "checkpoints": str(folder / "checkpoints"), "output": str(folder / "trained")}
+    (folder / "config.json").write_text(json.dumps(own))
+    return own, folder / "config.json"
+
+
+def child(config: Path, **environment) -> subprocess.Popen:
+    from shisa.launch import training_environment
+
+    return subprocess.Popen([sys.executable, "-m", "shisa.pretrain", str(config)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, **training_environment(), "PYTHONPATH": str(ROOT), **environment})
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(spec, tmp_path):
+    _, undisturbed = placed(spec, tmp_path / "a")
+    own, killed = placed(spec, tmp_path / "b")
+    first, second = child(undisturbed), child(killed)
+    for line in second.stdout:
+        if line.startswith("progress\tstep 8"):
+            second.send_signal(signal.SIGKILL)
+            break
+    assert second.wait() == -signal.SIGKILL and first.wait() == 0
+    reached = last_checkpoint(Path(own["checkpoints"]))
+    assert reached.name == "step-000006" and not Path(own["output"]).exists()
+    newest = Path(own["checkpoints"]) / "step-000009"  # a later one, cut off while it was written: not to be used
+    newest.mkdir()
+    (newest / "complete.json").write_text(json.dumps({"model.safetensors": "0" * 64}))
+    assert last_checkpoint(Path(own["checkpoints"])) == reached
+    third = child(killed)
+    told = [line.split("\t")[2] for line in third.stdout if line.startswith("progress")]
+    assert third.wait() == 0 and told[0] == "7"
+    assert hashes(tmp_path / "a" / "trained") == hashes(tmp_path / "b" / "trained")
+
+
+def test_two_processes_train_as_one_does(spec, tmp_path):
+    from shisa.launch import launch
+    from shisa.pretrain import train
+
+    alone, _ = placed(spec, tmp_path / "one")
+    train(alone)
+    together, config = placed({**spec, "settings": {**spec["settings"], "micro_batch": 1}}, tmp_path / "two")
+    said, lines = [], []
+    launch("shisa.pretrain", config, processes=2, say=said.append, line=lines.append)
+    assert said[0].startswith("accelerate launch --num_processes 2") and said[0].endswith(str(config))
+    assert sum(line.startswith("progress") for line in lines) == 12  # the main process alone tells
+    one, two = (pl.read_parquet(Path(own["output"]) / "steps.parquet") for own in (alone, together))
+    assert np.allclose(one["loss"], two["loss"], atol=1e-4) and one["tokens"].equals(two["tokens"])
+    assert one["loss"][-1] < one["loss"][0]
+    assert config.with_suffix(".log").is_file()
+
+
+def test_a_failing_worker_is_one_error_with_the_tail(spec, tmp_path):
+    from shisa.launch import launch
+
+    _, config = placed(spec, tmp_path / "bad", packed="no-such.parquet")
+    with pytest.raises(ShisaError, match="status 1.*no-such.parquet"):
+        launch("shisa.pretrain", config, processes=1, say=lambda text: None)
+
+
+def test_workers_do_not_outlive_the_process_that_launched_them(spec, tmp_path):
+    _, config = placed({**spec, "settings": {**spec["settings"], "steps": 100_000, "checkpoint_every": 100_000}}, tmp_path / "long")
+    code = f"import pathlib, shisa.launch as l; l.launch('shisa.pretrain', pathlib.Path({str(config)!r}), 2, line=print)"
+    runner = subprocess.Popen([sys.executable, "-u", "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for line in runner.stdout:
+        if line.startswith("progress"):
+            break
+    assert _alive(config)
+    runner.kill()
+    runner.wait()
+    deadline = time.monotonic() + 10
+    while _alive(config) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _alive(config)
+
+
+def _alive(config: Path) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(config) in path.read_text() and "-c" not in path.read_text().split("\0")[:3]:
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_batch_that_does_not_divide_is_refused(spec, tmp_path):
+    from shisa.pretrain import train
+
+    own, _ = placed({**spec, "settings": {**spec["settings"], "micro_batch": 3}}, tmp_path / "odd")
+    with pytest.raises(ShisaError, match="not a multiple"):
+        train(own)
