@@ -124,7 +124,7 @@ def new_model(vocabulary: int, hidden: int, layers: int, heads: int, length: int
 
     torch.manual_seed(seed)
     return MistralForCausalLM(MistralConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 32 * 32,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=max(32, hidden * 8 // 3 // 32 * 32),
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 2),
         max_position_embeddings=max(2048, length), sliding_window=None, tie_word_embeddings=False,
         attn_implementation="sdpa"))

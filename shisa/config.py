@@ -165,7 +165,7 @@ def require_exported(chapter: str, module_file: str | None) -> None:
         return  # an installed wheel, or another checkout's notebooks
 
     def plain(text: str) -> str:
-        return text.replace("from shisa.", "from .").strip()
+        return text.replace("from shisa.", "from .").replace("from shisa import", "from . import").strip()
 
     module = plain(Path(module_file).read_text(encoding="utf-8"))
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:

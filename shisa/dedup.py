@@ -167,7 +167,8 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     frame = inputs["11_filters"].table("documents.parquet").sort("id")  # the result must not depend on the order
     work.seeds = {"hash functions": config.seed}
     texts = frame["text"].to_list()
-    facts = [(id, len(text), "pair" in json.loads(meta)) for id, text, meta in frame.select("id", "text", "meta").iter_rows()]
+    facts = [(id, len(text), "pair" in json.loads(meta))
+             for id, text, meta in frame.select("id", "text", "meta").iter_rows()]
     keeper = survivors(facts, exact_groups(texts))
     rows = [row for row, kept in enumerate(keeper) if row == kept]
     work.progress("comparing documents", 0, len(rows))
@@ -189,7 +190,8 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     work.balance(frame.height, table.height, counts)
     sizes = table["cluster"].value_counts()["count"]
     return {"removed_exact": counts["exact duplicate"], "removed_near": counts["near duplicate"],
-            "clusters": len(sizes), "clusters_of_several": int((sizes > 1).sum()), "largest_cluster": int(sizes.max() or 0),
+            "clusters": len(sizes), "clusters_of_several": int((sizes > 1).sum()),
+            "largest_cluster": int(sizes.max() or 0),
             "characters": int(table["text"].str.len_chars().sum()), "by_source": _by_source(frame, table)}
 
 

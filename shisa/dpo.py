@@ -17,10 +17,11 @@ from typing import Any
 import polars as pl
 from .chat_format import encode_conversation, install_template
 from .config import StageConfig, identity, markdown_table, numeric, placement
-from shisa.sft import (
-    export_model, guard_padding_rows, last_complete, order_rows, start_job, step_log, train_quickly, trainer_arguments, verdict,
-)
+from .sft import verdict
 from .stage import Artifact, Stage, Work, need, run_stage
+from shisa.tuning import (
+    export_model, guard_padding_rows, last_complete, order_rows, start_job, step_log, train_quickly, trainer_arguments,
+)
 
 # %% ../nbs/61_dpo.ipynb #795b73ab
 def pair_rows(tokenizer: Any, pairs: list[dict[str, Any]], longest: int) -> list[dict[str, list[int]]]:

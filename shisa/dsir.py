@@ -83,8 +83,8 @@ def target_texts(frame: pl.DataFrame, config: Config, lang: str) -> list[str]:
     if not texts:
         texts = [r["text"] for r in bundled() if r["source"] in config.target and r["lang"] == lang]
     if not texts:
-        raise ShisaError(f"the target for {lang} is empty: none of {', '.join(config.target) or '(no sources)'} has text; "
-                         "name sources that are there in the field target")
+        named = ", ".join(config.target) or "(no sources)"
+        raise ShisaError(f"the target for {lang} is empty: none of {named} has text; name others in the field target")
     return texts
 
 

@@ -25,7 +25,7 @@ def subtokens(base: Any, extended: Any) -> list[list[int]]:
     bare = type(base)()
     bare.CopyFrom(base)
     bare.normalizer_spec.add_dummy_prefix = False
-    pieces = [piece.piece for piece in extended.pieces[len(strip_padding(base).pieces):] if piece.type == NORMAL]
+    pieces = [piece.piece for piece in extended.pieces[len(strip_padding(base).pieces) :] if piece.type == NORMAL]
     return spm_processor(bare).encode([piece.replace("▁", " ") for piece in pieces])
 
 # %% ../nbs/23_embeddings.ipynb #416320a4
@@ -69,21 +69,24 @@ def sample_texts(documents: pl.DataFrame, each: int, seed: int) -> list[str]:
 
 # %% ../nbs/23_embeddings.ipynb #d885e4bb
 def log_shares(old: Any, new: Any, texts: list[str], groups: list[list[int]], first_new: int) -> np.ndarray:
-    """log (uses of each new piece / uses of its first subtoken), at most 0; both counts smoothed. `old`, `new`: tokenizers."""
+    """log (uses of each new piece / uses of its first subtoken), at most 0, smoothed. `old`, `new`: tokenizers."""
+
     def uses(tokenizer: Any) -> np.ndarray:
         counts = np.zeros(len(tokenizer))
         for ids in encode_texts(tokenizer, texts):
             counts += np.bincount(ids, minlength=len(tokenizer))
         return counts
 
-    pieces = uses(new)[first_new:first_new + len(groups)] + 0.5
+    pieces = uses(new)[first_new : first_new + len(groups)] + 0.5
     return np.minimum(0.0, np.log(pieces / (uses(old)[[group[0] for group in groups]] + 1.0)))
 
 # %% ../nbs/23_embeddings.ipynb #32f369c2
 METHODS = ("first_share", "mean", "random", "zero", "least_used")
 
 
-def output_rows(method: str, weight: Any, groups: list[list[int]], direction: Any, shares: np.ndarray, seed: int = 0) -> Any:
+def output_rows(
+    method: str, weight: Any, groups: list[list[int]], direction: Any, shares: np.ndarray, seed: int = 0
+) -> Any:
     """Output rows (pieces, width) for new pieces by one of `METHODS`; `weight` is the base's output matrix."""
     import torch
 
@@ -104,7 +107,7 @@ def output_rows(method: str, weight: Any, groups: list[list[int]], direction: An
 
 
 def extend_model(model: Any, tokenizer: Any, groups: list[list[int]], first_new: int, rows: Any) -> Any:
-    """Resize to the tokenizer's vocabulary: input rows means of subtokens, output rows `rows`, padding rows zero and masked.
+    """Resize to the tokenizer: input rows means of subtokens, output rows `rows`, padding rows zero and masked.
 
     Changes and returns `model`. Rows of base pieces keep their bits. Raises `ShisaError` for tied matrices.
     """
@@ -124,7 +127,9 @@ def extend_model(model: Any, tokenizer: Any, groups: list[list[int]], first_new:
 class EmbeddingsConfig(StageConfig):
     """How new rows are made."""
 
-    output_rows: str = identity("first_share", f"how output rows are made: {', '.join(METHODS)}", pattern=f"^({'|'.join(METHODS)})$")
+    output_rows: str = identity(
+        "first_share", f"how output rows are made: {', '.join(METHODS)}", pattern=f"^({'|'.join(METHODS)})$"
+    )
     calibration_texts: int = identity(40, "train documents of each language for the constant direction", ge=1)
     share_texts: int = identity(2_000, "Japanese train documents for the shares, at most", ge=1)
     seed: int = identity(0, "which documents; random rows")
@@ -133,18 +138,22 @@ class EmbeddingsConfig(StageConfig):
 
 def config(profile: str) -> EmbeddingsConfig:
     """The config of a profile: larger models take more text, and bfloat16."""
-    return EmbeddingsConfig(**{
-        "tiny": {},
-        "small": {"calibration_texts": 60},
-        "h100": {"calibration_texts": 200, "share_texts": 10_000},
-        "a100x16": {"calibration_texts": 400, "share_texts": 20_000, "dtype": "bfloat16"},
-    }[profile])
+    return EmbeddingsConfig(
+        **{
+            "tiny": {},
+            "small": {"calibration_texts": 60},
+            "h100": {"calibration_texts": 200, "share_texts": 10_000},
+            "a100x16": {"calibration_texts": 400, "share_texts": 20_000, "dtype": "bfloat16"},
+        }[profile]
+    )
 
 # %% ../nbs/23_embeddings.ipynb #051dd881
 def english_gate(change: float, limit: float = 0.02) -> None:
     """Refuse new rows that cost English `limit` of its bits per byte, or more, before any training."""
     if change >= limit:
-        raise ShisaError(f"the new rows alone make English {change:+.1%} bits per byte, {limit:.0%} is the limit: use output_rows=first_share")
+        raise ShisaError(
+            f"the new rows alone change English by {change:+.1%} bits per byte (limit {limit:.0%}): use output_rows=first_share"
+        )
 
 
 def run(config: EmbeddingsConfig, inputs: dict[str, Artifact], work: Work) -> dict[str, Any]:
@@ -165,8 +174,11 @@ def run(config: EmbeddingsConfig, inputs: dict[str, Artifact], work: Work) -> di
     extend_model(model, new, groups, first_new, rows)
     work.progress("measuring", 2, 4)
     told = inputs["20_base"]  # the windows that the base was measured on
-    windows = heldout_windows(inputs["14_split"].table("heldout.parquet"), told.manifest["config"]["heldout_bytes"],
-                              told.manifest["config"]["window_bytes"])
+    windows = heldout_windows(
+        inputs["14_split"].table("heldout.parquet"),
+        told.manifest["config"]["heldout_bytes"],
+        told.manifest["config"]["window_bytes"],
+    )
     found = {lang: bits_per_byte(model, new, windows[lang]) for lang in sorted(windows)}
     before = told.metrics["bits_per_byte"]
     change = {lang: found[lang] / before[lang] - 1 for lang in found}
@@ -175,9 +187,17 @@ def run(config: EmbeddingsConfig, inputs: dict[str, Artifact], work: Work) -> di
     save_model(model.cpu(), new, work.path / "model")
     work.seeds["sampling"] = config.seed
     work.balance(len(groups), len(groups))
-    return {"bits_per_byte": found, "base": before, "english_change": change["en"], "japanese_change": change["ja"],
-            "new_rows": len(groups), "padding_rows": len(new) - first_new - len(groups), "subtokens": sum(map(len, groups)) / len(groups),
-            "constant_error": error, "method": config.output_rows}
+    return {
+        "bits_per_byte": found,
+        "base": before,
+        "english_change": change["en"],
+        "japanese_change": change["ja"],
+        "new_rows": len(groups),
+        "padding_rows": len(new) - first_new - len(groups),
+        "subtokens": sum(map(len, groups)) / len(groups),
+        "constant_error": error,
+        "method": config.output_rows,
+    }
 
 
 STAGE = Stage("23_embeddings", 1, ("14_split", "20_base", "21_tokenizer"), config, run)
@@ -189,9 +209,13 @@ def plot(artifact: Artifact) -> Any:
 
     metrics = artifact.metrics
     figure = Figure(figsize=(6, 2.2), layout="constrained")
-    for axes, (lang, title) in zip(figure.subplots(1, 2, sharey=True), (("ja", "Japanese"), ("en", "English")), strict=True):
+    for axes, (lang, title) in zip(
+        figure.subplots(1, 2, sharey=True), (("ja", "Japanese"), ("en", "English")), strict=True
+    ):
         values = [metrics["bits_per_byte"][lang], metrics["base"][lang]]
-        axes.bar_label(axes.barh(["extended, untrained", "base"], values, color=["tab:red", "tab:gray"]), fmt="%.3f", padding=3)
+        axes.bar_label(
+            axes.barh(["extended, untrained", "base"], values, color=["tab:red", "tab:gray"]), fmt="%.3f", padding=3
+        )
         axes.set(title=title, xlabel="bits per byte, held out", xlim=(0, max(values) * 1.25))
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -237,12 +237,13 @@ def confusion(labels: list[str], reasons: list[str]) -> list[dict[str, Any]]:
     for label in sorted(set(labels)):
         caught = Counter(reason for own, reason in zip(labels, reasons, strict=True) if own == label and reason)
         total = labels.count(label)
-        rows.append({"label": label, "documents": total, "dropped": caught.total(), "rules": dict(sorted(caught.items()))})
+        rules = dict(sorted(caught.items()))
+        rows.append({"label": label, "documents": total, "dropped": caught.total(), "rules": rules})
     return rows
 
 
 def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, Any]:
-    """Write the documents that pass, `lang` as identified. Metrics: kept share, drops by rule, confusion where labelled."""
+    """Write the documents that pass, `lang` as identified. Metrics: kept share, drops by rule, confusion by label."""
     frame = inputs["10_sources"].table("documents.parquet")
     reasons, languages = [], []
     for done, (id, text, source) in enumerate(frame.select("id", "text", "source").iter_rows()):
@@ -257,11 +258,12 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     judged = frame.with_columns(pl.Series("lang", languages, pl.String), pl.Series("reason", reasons, pl.String))
     kept = judged.filter(pl.col("reason") == "").drop("reason")
     if kept.height == 0:
-        raise ShisaError("no document passes the filters; see rejects.parquet in the work folder, or relax the thresholds")
+        raise ShisaError("no document passes the filters; relax the thresholds of 11_filters, or check the source")
     kept.write_parquet(work.path / "documents.parquet")
     by_rule = {name: reasons.count(name) for name in RULES}
     work.balance(frame.height, kept.height, by_rule)
-    domains = judged.group_by("source").agg(pl.len().alias("documents"), (pl.col("reason") != "").sum().alias("dropped"))
+    dropped = (pl.col("reason") != "").sum().alias("dropped")
+    domains = judged.group_by("source").agg(pl.len().alias("documents"), dropped)
     return {"kept_share": kept.height / frame.height, "by_rule": by_rule,
             "characters": int(kept["text"].str.len_chars().sum()),
             "documents_by_language": dict(kept.group_by("lang").len().sort("lang").iter_rows()),

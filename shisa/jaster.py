@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from . import sample
 from .config import ShisaError, StageConfig, identity, numeric
 from shisa.evalsets import (
     DATASETS, TASKS, Item, bundled_items, data_fingerprint, draw, few_shot_prompt, fill_prompt, load_dataset,
     read_bytes,
 )
+from .sample import data_folder
 from .stage import Artifact, Stage, Work
 
 # %% ../nbs/70_jaster.ipynb #73a5dd67
@@ -282,7 +282,7 @@ def config(profile: str) -> Config:
 
 def external(config: Config) -> dict[str, str]:
     """The benchmark files that would be read, by content; nothing where only the bundled items are used."""
-    return data_fingerprint(sample.data_folder()) if config.real_items else {}
+    return data_fingerprint(data_folder()) if config.real_items else {}
 
 # %% ../nbs/70_jaster.ipynb #e3389c96
 def collect(config: Config) -> dict[str, tuple[list[Item], list[Item]]]:
@@ -291,7 +291,7 @@ def collect(config: Config) -> dict[str, tuple[list[Item], list[Item]]]:
     for dataset in sorted({item.dataset for item in bundled_items()}):
         test, train = ([i for i in bundled_items(split) if i.dataset == dataset] for split in ("test", "train"))
         found[dataset] = (test, train[: config.shots])
-    folder = sample.data_folder() if config.real_items else None
+    folder = data_folder() if config.real_items else None
     for dataset in (key.partition("/")[2] for key in data_fingerprint(folder)):
         test, train = (load_dataset(dataset, folder, split) for split in ("test", "train"))
         found[dataset] = (draw(test, config.real_items, config.seed), draw(train, config.shots, config.seed))

@@ -40,7 +40,8 @@ def bundled() -> Iterator[dict[str, str]]:
             meta = {"pair": item["id"], "kind": item["kind"], "register": item["register"]}
             yield row(f"{item['id']}-{lang}", item[lang], f"sample/{item['kind']}", lang, SAMPLE_LICENCE, **meta)
     for item in noise():
-        yield row(item["id"], item["text"], "sample/noise", item["lang"], SAMPLE_LICENCE, label=item["label"], of=item["of"])
+        meta = {"label": item["label"], "of": item["of"]}
+        yield row(item["id"], item["text"], "sample/noise", item["lang"], SAMPLE_LICENCE, **meta)
 
 # %% ../nbs/10_sources.ipynb #ee620a78
 NO_TEXT, NOT_JSON, EMPTY, REPEATED = "no text field", "not a JSON object", "empty text", "repeated id"
@@ -106,7 +107,8 @@ def read_file(path: Path, broken: str, work: Work, dropped: Counter) -> Iterator
 
 # %% ../nbs/10_sources.ipynb #cffaa517
 def hub_documents(root: str, pattern: str, lang: str, licence: str, seed: int, buffer: int) -> Iterator[dict[str, str]]:
-    """Stream the JSON lines `root/pattern` in a seeded, buffered shuffle; `root` is hf://datasets/NAME@REVISION or a folder."""
+    """Stream the JSON lines `root/pattern` in a seeded, buffered shuffle; `root` is hf://datasets/NAME@REVISION or a
+    folder. Anything unreadable is a `ShisaError`."""
     from datasets import load_dataset
 
     name = f"{root}/{pattern.format(lang=lang)}"
@@ -117,7 +119,8 @@ def hub_documents(root: str, pattern: str, lang: str, licence: str, seed: int, b
             digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
             yield row(f"madlad400-{lang}-{digest}", text, f"madlad400_{lang}", lang, licence)
     except (OSError, KeyError, ValueError) as error:
-        raise ShisaError(f"{name}: cannot be read ({str(error)[:120]}); check the network, the name and the revision") from None
+        told = str(error)[:120]
+        raise ShisaError(f"{name}: cannot be read ({told}); check the network, the name and the revision") from None
 
 # %% ../nbs/10_sources.ipynb #2ec5d875
 def water_level(sizes: dict[str, int], budget: int, largest: float) -> dict[str, int]:
@@ -132,7 +135,7 @@ def water_level(sizes: dict[str, int], budget: int, largest: float) -> dict[str,
 
 
 def draw(frame: pl.DataFrame, budgets: dict[str, int], largest: float, seed: int) -> pl.DataFrame:
-    """Whole documents by domain up to each language's budget (UTF-8 bytes; 0 takes everything), sorted by source and id."""
+    """Whole documents by domain up to each language's budget (UTF-8 bytes; 0: everything), sorted by source and id."""
     def rank(id: str) -> str:
         return hashlib.sha256(f"{seed}:{id}".encode()).hexdigest()
 

@@ -22,6 +22,7 @@ import polars as pl
 from .base import EXTRA, pad_pieces, save_spm_tokenizer, spm_proto
 from .config import ShisaError, StageConfig, identity
 from .stage import Artifact, Stage, Work
+from .train import quiet
 
 # %% ../nbs/21_tokenizer.ipynb #b9b3fa2e
 def with_domain(documents: pl.DataFrame) -> pl.DataFrame:
@@ -45,14 +46,18 @@ def balanced_lines(documents: pl.DataFrame, cap: int, seed: int) -> list[str]:
 
 # %% ../nbs/21_tokenizer.ipynb #bb13f8a5
 JAPANESE = re.compile(  # CJK punctuation, kana, kanji with extensions and compatibility forms, full-width forms
-    r"[\u3000-\u30ff\u31f0-\u31ff\u3200-\u33ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\uffe0-\uffe6\U00020000-\U0003ffff]+")
+    r"[\u3000-\u30ff\u31f0-\u31ff\u3200-\u33ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\uff01-\uff9f\uffe0-\uffe6\U00020000-\U0003ffff]+"
+)
 FORBIDDEN = {"Nd", "Pd", "Pi", "Pf"}  # digits, dashes, opening and closing quotation marks
 
 
 def allowed(piece: str) -> bool:
     """Whether a piece may be added: Japanese characters after at most one leading `▁`, no digit, dash, curly quote."""
     body = piece.removeprefix("▁")
-    return bool(JAPANESE.fullmatch(body)) and not any(unicodedata.category(character) in FORBIDDEN for character in body)
+    return bool(JAPANESE.fullmatch(body)) and not any(
+        unicodedata.category(character) in FORBIDDEN for character in body
+    )
 
 # %% ../nbs/21_tokenizer.ipynb #e0898efb
 KANA = tuple(chr(code) for code in (*range(0x3041, 0x3097), *range(0x30A1, 0x30FB)))
@@ -83,9 +88,21 @@ def train_pieces(lines: list[str], size: int) -> list[str]:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=size, hard_vocab_limit=False,
-            character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
-            split_by_unicode_script=False, max_sentence_length=1 << 20, max_sentencepiece_length=16, num_threads=1, minloglevel=2)
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=size,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            split_by_unicode_script=False,
+            max_sentence_length=1 << 20,
+            max_sentencepiece_length=16,
+            num_threads=1,
+            minloglevel=2,
+        )
     except RuntimeError as error:
         raise ShisaError(f"SentencePiece learnt nothing from {len(lines)} lines: {str(error).strip()[-150:]}") from None
     proto = sentencepiece.sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
@@ -106,7 +123,7 @@ def strip_padding(proto: Any) -> Any:
 
 
 def append_pieces(base: Any, pieces: list[str]) -> Any:
-    """A copy of the base's proto with the pieces appended, scores falling by 1 from below the last merge of the base."""
+    """A copy of the base's proto with the pieces appended, scores falling by 1 from below the base's last merge."""
     extended = strip_padding(base)
     last = min(piece.score for piece in extended.pieces if piece.type == NORMAL and piece.score > RUN_OF_SPACES)
     for rank, piece in enumerate(pieces, 1):
@@ -151,11 +168,27 @@ def extend(base: Any, lines: list[str], new_pieces: int, min_count: int = 1, alw
             pad_pieces(extended)
             return extended
         candidates = [piece for piece in candidates if piece not in dead]
-    raise ShisaError(f"the Japanese text supports {len(candidates)} new pieces, {new_pieces} were asked for: lower new_pieces")
+    raise ShisaError(
+        f"the Japanese text supports {len(candidates)} new pieces, {new_pieces} were asked for: lower new_pieces"
+    )
 
 # %% ../nbs/21_tokenizer.ipynb #8ab38ec7
-AWKWARD = ("", " ", "   three leading spaces", "　全角の空白で始まる行", "tab\tand\r\nnewline\n\n", "a  b   c    d", "\x00\x01\x7f", "e\u0301 が か\u3099",
-           "👩‍👩‍👧‍👦🇯🇵", "</s> <s> <unk> <0x0A> <|extra_0|>", "𠮷野家で𩸽を食べる", "日本語とEnglishがmixedな行、123.45円", "한국어 العربية ไทย", "ｶﾀｶﾅ ①②③ ㍿")
+AWKWARD = (
+    "",
+    " ",
+    "   three leading spaces",
+    "　全角の空白で始まる行",
+    "tab\tand\r\nnewline\n\n",
+    "a  b   c    d",
+    "\x00\x01\x7f",
+    "e\u0301 が か\u3099",
+    "👩‍👩‍👧‍👦🇯🇵",
+    "</s> <s> <unk> <0x0A> <|extra_0|>",
+    "𠮷野家で𩸽を食べる",
+    "日本語とEnglishがmixedな行、123.45円",
+    "한국어 العربية ไทย",
+    "ｶﾀｶﾅ ①②③ ㍿",
+)
 
 
 def mixed_lines(ja: list[str], en: list[str]) -> list[str]:
@@ -174,6 +207,7 @@ def prove(base: Any, folder: Path, ja: list[str], en: list[str]) -> dict[str, An
 
     `base` is the base's proto, `folder` what `save_spm_tokenizer` wrote, `ja` and `en` lines of text.
     """
+    quiet()
     from transformers import AutoTokenizer
 
     extended, base = spm_proto(folder / "tokenizer.model"), strip_padding(base)
@@ -182,7 +216,10 @@ def prove(base: Any, folder: Path, ja: list[str], en: list[str]) -> dict[str, An
     with tempfile.TemporaryDirectory() as copy:  # saved anew by transformers, and loaded again
         fast.save_pretrained(copy)
         again = AutoTokenizer.from_pretrained(copy)
-    en, lines = [line for line in en if not JAPANESE.search(line)], [*ja, *en, *mixed_lines(ja[:2000], en[:2000]), *AWKWARD]
+    en, lines = (
+        [line for line in en if not JAPANESE.search(line)],
+        [*ja, *en, *mixed_lines(ja[:2000], en[:2000]), *AWKWARD],
+    )
     slow, ids = new.encode(lines), encode_fast(fast, lines)
     text = fast.batch_decode([row[1:] for row in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     bos = fast.bos_token_id
@@ -191,7 +228,9 @@ def prove(base: Any, folder: Path, ja: list[str], en: list[str]) -> dict[str, An
         "pieces listed twice": len(extended.pieces) - len({piece.piece for piece in extended.pieces}),
         "pieces not allowed": sum(p.type == NORMAL and not allowed(p.piece) for p in extended.pieces[size:]),
         "unreachable new pieces": len(unreachable(extended, size)),
-        "English lines that differ from the base": sum(a != b for a, b in zip(old.encode(en), new.encode(en), strict=True)),
+        "English lines that differ from the base": sum(
+            a != b for a, b in zip(old.encode(en), new.encode(en), strict=True)
+        ),
         "lines where fast differs from SentencePiece": sum([bos, *a] != b for a, b in zip(slow, ids, strict=True)),
         "lines that do not come back": sum(a.replace("▁", " ") != b for a, b in zip(lines, text, strict=True)),
         "lines that change when reloaded": sum(a != b for a, b in zip(ids, encode_fast(again, lines), strict=True)),
@@ -209,7 +248,11 @@ class TokenizerConfig(StageConfig):
 
     new_pieces: int = identity(4_000, "pieces added to the base's", ge=1)
     domain_characters: int = identity(1_000_000, "characters a domain may give to training, at most", ge=1)
-    always: str = identity("kana", "characters added whether seen or not: kana, or kana+jis1 (kanji of JIS level 1 too)", pattern=r"^kana(\+jis1)?$")
+    always: str = identity(
+        "kana",
+        "characters added whether seen or not: kana, or kana+jis1 (kanji of JIS level 1 too)",
+        pattern=r"^kana(\+jis1)?$",
+    )
     min_character_count: int = identity(1, "a character is added when the text has it so often", ge=1)
     proof_lines: int = identity(4_000, "lines of each language in the proof, at most", ge=1)
     seed: int = identity(0, "order in which documents are drawn")
@@ -218,12 +261,14 @@ class TokenizerConfig(StageConfig):
 def config(profile: str) -> TokenizerConfig:
     """The config of a profile; Shisa 7B's 120,073 pieces are Mistral's 32,000 and 88,073 new ones."""
     larger = {"always": "kana+jis1", "min_character_count": 3, "proof_lines": 20_000}
-    return TokenizerConfig(**{
-        "tiny": {},
-        "small": {**larger, "new_pieces": 18_000},
-        "h100": {**larger, "new_pieces": 32_000, "domain_characters": 4_000_000},
-        "a100x16": {**larger, "new_pieces": 88_073, "domain_characters": 40_000_000},
-    }[profile])
+    return TokenizerConfig(
+        **{
+            "tiny": {},
+            "small": {**larger, "new_pieces": 18_000},
+            "h100": {**larger, "new_pieces": 32_000, "domain_characters": 4_000_000},
+            "a100x16": {**larger, "new_pieces": 88_073, "domain_characters": 40_000_000},
+        }[profile]
+    )
 
 # %% ../nbs/21_tokenizer.ipynb #bfd3516f
 def piece_table(proto: Any, first: int, lines: list[str]) -> pl.DataFrame:
@@ -235,7 +280,9 @@ def piece_table(proto: Any, first: int, lines: list[str]) -> pl.DataFrame:
     for index, piece in enumerate(proto.pieces[first:], first):
         kind = "padding" if piece.type != NORMAL else "character" if len(piece.piece) == 1 else "merge"
         rows.append({"id": index, "piece": piece.piece, "kind": kind, "score": piece.score, "used": used[index]})
-    return pl.DataFrame(rows, schema={"id": pl.Int32, "piece": pl.String, "kind": pl.String, "score": pl.Float64, "used": pl.Int64})
+    return pl.DataFrame(
+        rows, schema={"id": pl.Int32, "piece": pl.String, "kind": pl.String, "score": pl.Float64, "used": pl.Int64}
+    )
 
 
 def proof_lines(documents: pl.DataFrame, lang: str, limit: int, seed: int) -> list[str]:
@@ -253,6 +300,7 @@ def run(config: TokenizerConfig, inputs: dict[str, Artifact], work: Work) -> dic
     if not lines:
         raise ShisaError("21_tokenizer: the train split holds no Japanese document; check the sources of 10_sources")
     always = KANA + (jis_kanji(16, 47) if config.always == "kana+jis1" else ())
+    quiet()
     work.progress("training", 0, 3)
     extended = extend(base, lines, config.new_pieces, config.min_character_count, always)
     work.progress("saving", 1, 3)
@@ -269,9 +317,14 @@ def run(config: TokenizerConfig, inputs: dict[str, Artifact], work: Work) -> dic
     kinds = dict(sorted(pieces["kind"].value_counts().iter_rows()))
     work.balance(len(pieces), len(pieces))
     return {
-        "proof": prove(base, folder, *both), "base_pieces": first, "new_pieces": config.new_pieces,
-        "vocabulary": len(extended.pieces), "kinds": kinds, "training_lines": len(lines),
-        "training_characters": sum(map(len, lines)), "unused_pieces": int(((pieces["used"] == 0) & (pieces["kind"] != "padding")).sum()),
+        "proof": prove(base, folder, *both),
+        "base_pieces": first,
+        "new_pieces": config.new_pieces,
+        "vocabulary": len(extended.pieces),
+        "kinds": kinds,
+        "training_lines": len(lines),
+        "training_characters": sum(map(len, lines)),
+        "unused_pieces": int(((pieces["used"] == 0) & (pieces["kind"] != "padding")).sum()),
     }
 
 

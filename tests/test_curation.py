@@ -1,4 +1,4 @@
-"""Chapters 10 to 14: reading, filters, duplicates, resampling and the split, with bad input and the same bytes twice."""
+"""Chapters 10 to 14: reading, filters, duplicates, resampling, the split; bad input; the same bytes twice."""
 
 import gzip
 import json
@@ -134,7 +134,8 @@ def test_a_torn_line_names_file_line_and_way_out(tmp_path):
 
 
 def test_broken_lines_are_counted_when_asked(tmp_path):
-    jsonl(tmp_path / "ja_notes.jsonl", GOOD, b'{"text": "to', b"[1]", b'{"text": null}', b'{"text": " "}', GOOD, {**GOOD, "id": "z"})
+    broken = (b'{"text": "to', b"[1]", b'{"text": null}', b'{"text": " "}')
+    jsonl(tmp_path / "ja_notes.jsonl", GOOD, *broken, GOOD, {**GOOD, "id": "z"})
     frame, work = read_sources(tmp_path, tmp_path, broken="reject")
     assert frame.height == 2
     assert work.counts == {"in": 7, "kept": 2, "dropped": {
@@ -331,7 +332,7 @@ def test_split_keeps_clusters_and_pairs_together(keys, seed):
     bodies = [f"文書番号{i}の本文はここにあります。" * 3 for i in range(len(keys))]
     frame = pl.DataFrame({"id": [f"d{i}" for i in range(len(keys))], "text": bodies, "source": ["s"] * len(keys)},
                          schema={"id": pl.String, "text": pl.String, "source": pl.String})
-    taken = split.hold_out(frame, groups, split.shared_share(bodies, groups), split.Config(share=0.3, seed=seed))
+    taken = split.hold_out(frame, groups, split.shared_lines(bodies, groups), split.Config(share=0.3, seed=seed))
     assert taken <= set(groups) and (not groups or taken != set(groups))
 
 

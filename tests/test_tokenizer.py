@@ -12,18 +12,49 @@ from shisa.base import base_tokenizer, save_spm_tokenizer, spm_proto
 from shisa.config import ShisaError
 from shisa.sample import documents
 from shisa.tokenizer import (
-    JAPANESE, NORMAL, allowed, append_pieces, balanced_lines, encode_fast, extend, new_characters, prove, spm_processor, strip_padding,
+    JAPANESE,
+    NORMAL,
+    allowed,
+    append_pieces,
+    balanced_lines,
+    encode_fast,
+    extend,
+    new_characters,
+    prove,
+    spm_processor,
+    strip_padding,
 )
 
 NEW = 1200
 CHARACTERS = st.one_of(
     st.characters(exclude_categories=["Cs"], exclude_characters="▁"),
     st.sampled_from(list(" \t\n\r\0\x1b\u3000\u200d\u2028\ufeff“”—…0１あいカー々漢字。、「」😀")),
-    st.sampled_from(list("abcdefghijklmnopqrstuvwxyz  ETAOIN")))
+    st.sampled_from(list("abcdefghijklmnopqrstuvwxyz  ETAOIN")),
+)
 TEXTS = st.one_of(
     st.text(CHARACTERS, max_size=60),
-    st.lists(st.sampled_from(["日本語", "です。", "ました", " ", "  ", "the ", "and", "\n", "def f(x):", "<s>", "</s>", "<0x0A>", "<|extra_0|>", "東京"]),
-             max_size=20).map("".join))
+    st.lists(
+        st.sampled_from(
+            [
+                "日本語",
+                "です。",
+                "ました",
+                " ",
+                "  ",
+                "the ",
+                "and",
+                "\n",
+                "def f(x):",
+                "<s>",
+                "</s>",
+                "<0x0A>",
+                "<|extra_0|>",
+                "東京",
+            ]
+        ),
+        max_size=20,
+    ).map("".join),
+)
 FAST = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -37,7 +68,9 @@ def make(folder: Path, lines: list[str]) -> Path:
 
 @pytest.fixture(scope="session")
 def lines():
-    rows = [{"id": d["id"], "text": d["ja"], "source": "sample", "meta": '{"kind": "%s"}' % d["kind"]} for d in documents()]
+    rows = [
+        {"id": d["id"], "text": d["ja"], "source": "sample", "meta": '{"kind": "%s"}' % d["kind"]} for d in documents()
+    ]
     return balanced_lines(pl.DataFrame(rows), cap=100_000, seed=0)
 
 
@@ -138,7 +171,7 @@ def test_a_padded_base_gives_the_same_extension(base, lines):
 def test_characters_come_before_merges(made, lines, base):
     added = [p.piece for p in spm_proto(made / "tokenizer" / "tokenizer.model").pieces[32_000:] if p.type == NORMAL]
     singles = new_characters(lines, {p.piece for p in base.pieces}, 1)
-    assert added[:len(singles)] == singles and all(len(piece) > 1 for piece in added[len(singles):])
+    assert added[: len(singles)] == singles and all(len(piece) > 1 for piece in added[len(singles) :])
 
 
 @pytest.mark.parametrize("piece", ["", "▁", "Rustの", "10円", "１月", "“あ”", "―", "……", "〜", "あ▁い", "–", "no"])
@@ -169,7 +202,11 @@ def test_the_proof_finds_a_piece_that_changes_english(made, base, tmp_path):
 
 
 def test_domains_are_balanced_and_heldout_is_a_matter_of_the_split():
-    rows = [{"id": f"{s}{i}", "text": "あ" * 100, "source": s, "meta": "{}"} for s, n in (("a", 50), ("b", 3)) for i in range(n)]
+    rows = [
+        {"id": f"{s}{i}", "text": "あ" * 100, "source": s, "meta": "{}"}
+        for s, n in (("a", 50), ("b", 3))
+        for i in range(n)
+    ]
     lines = balanced_lines(pl.DataFrame(rows), cap=500, seed=1)
     assert len(lines) == 5 + 3
     assert lines == balanced_lines(pl.DataFrame(rows[::-1]), cap=500, seed=1)
@@ -193,6 +230,6 @@ def test_new_rows_are_means_at_the_input_and_zero_for_padding(made, base, fast):
     assert inputs.shape == outputs.shape == (len(fast), 16)
     assert torch.equal(inputs[:32_000], before[0]) and torch.equal(outputs[:32_000], before[1])
     assert torch.allclose(inputs[32_007], before[0][groups[7]].mean(0), atol=1e-6)
-    assert not inputs[32_000 + NEW:].any() and not outputs[32_000 + NEW:].any()
+    assert not inputs[32_000 + NEW :].any() and not outputs[32_000 + NEW :].any()
     logits = model(torch.tensor([[1, 5, 9]])).logits
-    assert logits.softmax(-1)[..., 32_000 + NEW:].max() == 0
+    assert logits.softmax(-1)[..., 32_000 + NEW :].max() == 0

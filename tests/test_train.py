@@ -195,13 +195,8 @@ def test_a_base_is_fetched_from_a_folder_laid_out_like_the_hub(tmp_path, tokeniz
     assert load_model(tmp_path / "model").config.vocab_size == 32_000
     assert load_tokenizer(tmp_path / "model")("雨が止んだ。")["input_ids"] == tokenizer("雨が止んだ。")["input_ids"]
     with pytest.raises(ShisaError, match="holds no"):
-        fetch(str(tmp_path / "tokenizer"), "main", tmp_path / "other") if (tmp_path / "tokenizer").is_dir() else fetch(
-            str(_empty(tmp_path)), "main", tmp_path / "other")
-
-
-def _empty(folder: Path) -> Path:
-    (folder / "empty").mkdir()
-    return folder / "empty"
+        (tmp_path / "empty").mkdir()
+        fetch(str(tmp_path / "empty"), "main", tmp_path / "other")
 
 
 # ---- killed and launched: the stage's own function in processes of its own
