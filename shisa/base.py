@@ -261,10 +261,11 @@ STAGE = Stage("20_base", 1, ("14_split",), config, run, external)
 # %% ../nbs/20_base.ipynb #6eea23ec
 def plot(artifact: Artifact) -> Any:
     """Training loss (nats a token) over the tokens read."""
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
     steps = artifact.table("steps.parquet")
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    figure = plt.figure(figsize=(7, 3), layout="constrained")
+    plt.close(figure)  # whoever asked shows it, once
     axes = figure.subplots()
     axes.plot(steps["tokens"], steps["loss"], linewidth=0.8)
     axes.set(xlabel="tokens", ylabel="loss (nats a token)", title="Training the base")

@@ -65,8 +65,10 @@ class DpoSettings:
     gradient_checkpointing: bool = False
 
 
-LOG_FIELDS = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "rewards/chosen": "reward_chosen",
-              "rewards/rejected": "reward_rejected", "grad_norm": "gradient_norm", "learning_rate": "learning_rate"}
+LOG_FIELDS = {
+    "loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "rewards/chosen": "reward_chosen",
+    "rewards/rejected": "reward_rejected", "grad_norm": "gradient_norm", "learning_rate": "learning_rate",
+}
 
 
 def tune(model: Any, reference: Any, tokenizer: Any, rows: list[dict], settings: DpoSettings, folder: Path,
@@ -94,7 +96,7 @@ def tune(model: Any, reference: Any, tokenizer: Any, rows: list[dict], settings:
     )
     trainer.remove_callback(PrinterCallback)
     train_quickly(trainer, resumed)
-    return trainer, pl.DataFrame(log.rows)
+    return trainer, log.frame()
 
 
 def main(job: dict[str, Any], progress: Callable[[str, float, float], None] = lambda *_: None) -> None:
@@ -121,8 +123,8 @@ def log_probabilities(model: Any, sequences: list[tuple[list[int], list[int]]], 
         for start in range(0, len(sequences), batch_size):
             part = sequences[start : start + batch_size]
             width = max(len(prompt) + len(answer) for prompt, answer in part)
-            ids = torch.tensor([prompt + answer + [0] * (width - len(prompt) - len(answer)) for prompt, answer in part],
-                               device=model.device)
+            whole = [prompt + answer for prompt, answer in part]
+            ids = torch.tensor([each + [0] * (width - len(each)) for each in whole], device=model.device)
             logits = model(input_ids=ids, use_cache=False).logits.float()
             for place, (prompt, answer) in enumerate(part):
                 scores = logits[place, len(prompt) - 1 : len(prompt) + len(answer) - 1].log_softmax(-1)
@@ -131,7 +133,7 @@ def log_probabilities(model: Any, sequences: list[tuple[list[int], list[int]]], 
 
 
 def compare(before: Any, after: Any, rows: list[dict], beta: float) -> dict[str, Any]:
-    """Held-out rewards (β times the change of log p) after tuning, and how often the chosen answer is the likelier per token.
+    """Held-out rewards (β × change of log p) after tuning, and how often the chosen answer is the likelier per token.
 
     Reward accuracy has 0.5 for chance; before tuning all rewards are zero.
     """
@@ -139,9 +141,11 @@ def compare(before: Any, after: Any, rows: list[dict], beta: float) -> dict[str,
 
     sides = {side: [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows] for side in ("chosen", "rejected")}
     lengths = {side: np.array([len(answer) for _, answer in pairs]) for side, pairs in sides.items()}
-    old, new = ({side: np.array(log_probabilities(model, pairs)) for side, pairs in sides.items()} for model in (before, after))
+    old, new = (
+        {side: np.array(log_probabilities(model, pairs)) for side, pairs in sides.items()} for model in (before, after))
     margin = beta * ((new["chosen"] - old["chosen"]) - (new["rejected"] - old["rejected"]))
-    likelier = [float(np.mean(each["chosen"] / lengths["chosen"] > each["rejected"] / lengths["rejected"])) for each in (old, new)]
+    per_token = [{side: each[side] / lengths[side] for side in sides} for each in (old, new)]
+    likelier = [float(np.mean(each["chosen"] > each["rejected"])) for each in per_token]
     accuracy = float(np.mean(margin > 0))
     return {"pairs": len(rows), "reward_margin": float(margin.mean()), "reward_accuracy": accuracy,
             "verdict": verdict(accuracy, len(rows), 0.5), "likelier_before": likelier[0], "likelier_after": likelier[1]}
@@ -192,11 +196,12 @@ def run(config: DpoConfig, inputs: dict[str, Artifact], work: Work) -> dict[str,
     left_out = len(pairs) + len(heldout) - len(rows) - len(held_rows)
     work.balance(len(pairs) + len(heldout), len(rows) + len(held_rows), {"too_long": left_out})
     work.seeds["order"] = config.seed
-    start_job("shisa.dpo", config, config.settings(), "dpo", start, pl.DataFrame(rows), work.path, work)
+    start_job("shisa.dpo", config, config.settings(), start, pl.DataFrame(rows), work.path, work)
     steps = pl.read_parquet(work.path / "steps.parquet")
     work.progress("measuring")
+    after = load_model(work.path / "model", config.dtype)
     return {
-        "pairs": len(rows), "steps": len(steps), "heldout": compare(before, load_model(work.path / "model", config.dtype), held_rows, config.beta),
+        "pairs": len(rows), "steps": len(steps), "heldout": compare(before, after, held_rows, config.beta),
         "train": {name: steps[name].tail(4).mean() for name in ("loss", "margin", "accuracy")},
     }
 
@@ -206,14 +211,15 @@ STAGE = Stage("61_dpo", 1, ("51_sft", "60_pairs"), config, run)
 # %% ../nbs/61_dpo.ipynb #c32f5353
 def plot(artifact: Artifact) -> Any:
     """Reward margin and accuracy by step, with the held-out values as dashed lines (a matplotlib figure)."""
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
     steps, held = artifact.table("steps.parquet"), artifact.metrics["heldout"]
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    for axes, column, key, title in zip(figure.subplots(1, 2), ("margin", "accuracy"), ("reward_margin", "reward_accuracy"),
-                                        ("Reward margin", "Reward accuracy")):
+    figure = plt.figure(figsize=(9, 3), layout="constrained")
+    plt.close(figure)  # whoever asked shows it, once
+    for axes, column, title in zip(figure.subplots(1, 2), ("margin", "accuracy"), ("Reward margin", "Reward accuracy")):
         axes.plot(steps["step"], steps[column], color="tab:blue", label="training batch")
-        axes.axhline(held[key], color="tab:orange", linestyle="--", label=f"{held['pairs']} held-out pairs, at the end")
+        axes.axhline(held[f"reward_{column}"], color="tab:orange", linestyle="--",
+                     label=f"{held['pairs']} held-out pairs, at the end")
         axes.set(title=title, xlabel="step")
         axes.legend(fontsize=8)
     return figure

@@ -205,10 +205,11 @@ STAGE = Stage("23_embeddings", 1, ("14_split", "20_base", "21_tokenizer"), confi
 # %% ../nbs/23_embeddings.ipynb #3eada1af
 def plot(artifact: Artifact) -> Any:
     """Bits per byte of the base and of the extended model before training, by language."""
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
     metrics = artifact.metrics
-    figure = Figure(figsize=(6, 2.2), layout="constrained")
+    figure = plt.figure(figsize=(6, 2.2), layout="constrained")
+    plt.close(figure)  # whoever asked shows it, once
     for axes, (lang, title) in zip(
         figure.subplots(1, 2, sharey=True), (("ja", "Japanese"), ("en", "English")), strict=True
     ):

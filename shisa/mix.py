@@ -70,10 +70,11 @@ STAGE = Stage("30_mix", 1, ("14_split", "21_tokenizer"), config, run)
 # %% ../nbs/30_mix.ipynb #b34f6eea
 def plot(artifact: Artifact) -> Any:
     """How full the sequences are, and how long the packed pieces."""
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
     packed = artifact.table("packed.parquet")
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    figure = plt.figure(figsize=(8, 3), layout="constrained")
+    plt.close(figure)  # whoever asked shows it, once
     left, right = figure.subplots(1, 2)
     left.hist(packed["input_ids"].list.len() / packed["length"][0], bins=20)
     left.set(xlabel="share of a sequence that is text", ylabel="sequences", yscale="log")

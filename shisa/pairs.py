@@ -24,7 +24,7 @@ def similarity(one: str, other: str) -> float:
 
 
 def refusal(chosen: str, rejected: str, stopped: bool, near: float) -> str | None:
-    """Why a pair teaches nothing: 'empty', 'unfinished', 'equal', 'near' (similarity of at least `near`); None: keep it."""
+    """Why a pair teaches nothing: 'empty', 'unfinished', 'equal', 'near' (similarity ≥ `near`); None: keep it."""
     if not rejected.strip():
         return "empty"
     if not stopped:
@@ -43,7 +43,8 @@ def candidates(train: pl.DataFrame, from_sample: bool, from_training: int) -> li
     """Prompts with their good answers: {id, prompt, chosen, source}, in the order of their ids."""
     found = []
     if from_sample:
-        found += [{"id": pair["id"], "prompt": pair["prompt"], "chosen": pair["chosen"], "source": "sample"} for pair in preferences()]
+        names = ("id", "prompt", "chosen")
+        found += [{**{name: pair[name] for name in names}, "source": "sample"} for pair in preferences()]
     rows = sorted(train.filter(pl.col("source") != "family").to_dicts(), key=lambda row: by_hash(row["id"], "pairs"))
     found += [{"id": row["id"], "prompt": row["messages"][:-1], "chosen": row["messages"][-1:], "source": row["source"]}
               for row in rows[:from_training]]
@@ -83,7 +84,8 @@ def answers(config: PairsConfig, folder: Any, prompts: list[list[dict]]) -> list
 
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(folder, config.dtype).to(device)
-    return generate(model, load_tokenizer(folder), prompts, config.max_new_tokens, config.temperature, config.seed, config.batch_size)
+    settings = (config.max_new_tokens, config.temperature, config.seed, config.batch_size)
+    return generate(model, load_tokenizer(folder), prompts, *settings)
 
 
 def run(config: PairsConfig, inputs: dict[str, Artifact], work: Work) -> dict[str, Any]:
@@ -102,15 +104,16 @@ def run(config: PairsConfig, inputs: dict[str, Artifact], work: Work) -> dict[st
     work.balance(len(pairs), len(kept), dropped)
     held = {pair["id"] for pair in kept if by_hash(pair["id"], "heldout") < config.heldout_share}
     if len(kept) - len(held) < 2 or not held:
-        raise ShisaError(f"60_pairs: {len(kept)} usable pairs of {len(pairs)} ({dict(dropped)}): too few to tune on; add prompts")
+        raise ShisaError(f"60_pairs: {len(kept)} usable pairs of {len(pairs)} ({dict(dropped)}): too few; add prompts")
     talk = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
     schema = {"id": pl.String, "prompt": talk, "chosen": talk, "rejected": talk, "source": pl.String}
     for name, wanted in (("pairs.parquet", False), ("heldout.parquet", True)):
         rows = [{key: pair[key] for key in schema} for pair in kept if (pair["id"] in held) == wanted]
         pl.DataFrame(rows, schema=schema).write_parquet(work.path / name)
-    return {"prompts": len(pairs), "pairs": len(kept) - len(held), "heldout": len(held), "dropped": dict(sorted(dropped.items())),
-            "by_source": dict(sorted(Counter(pair["source"] for pair in kept).items())),
-            "characters": {name: sum(len(pair[name][0]["content"]) for pair in kept) / len(kept) for name in ("chosen", "rejected")}}
+    mean = {name: sum(len(pair[name][0]["content"]) for pair in kept) / len(kept) for name in ("chosen", "rejected")}
+    return {"prompts": len(pairs), "pairs": len(kept) - len(held), "heldout": len(held),
+            "dropped": dict(sorted(dropped.items())), "mean_characters": mean,
+            "by_source": dict(sorted(Counter(pair["source"].partition("/")[0] for pair in kept).items()))}
 
 
 def _outside(config: PairsConfig) -> dict[str, str]:
@@ -122,11 +125,12 @@ STAGE = Stage("60_pairs", 1, ("43_sft_data", "51_sft"), config, run, _outside)
 # %% ../nbs/60_pairs.ipynb #8c0add9b
 def plot(artifact: Artifact) -> Any:
     """What became of the prompts: kept, held out, dropped by reason (a matplotlib figure)."""
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
     metrics = artifact.metrics
     parts = {"to learn from": metrics["pairs"], "held out": metrics["heldout"], **metrics["dropped"]}
-    figure = Figure(figsize=(7, 2.5), layout="constrained")
+    figure = plt.figure(figsize=(7, 2.5), layout="constrained")
+    plt.close(figure)  # whoever asked shows it, once
     axes = figure.subplots()
     axes.barh(list(parts), list(parts.values()), color=["tab:blue"] * 2 + ["lightgrey"] * len(metrics["dropped"]))
     axes.invert_yaxis()

@@ -23,7 +23,8 @@ from .chat_format import encode_conversation, install_template
 from .config import StageConfig, identity, markdown_table, numeric, placement
 from .stage import Artifact, Stage, Work, need, run_stage
 from shisa.tuning import (
-    IGNORE, export_model, guard_padding_rows, last_complete, order_rows, start_job, step_log, train_quickly, trainer_arguments,
+    IGNORE, export_model, guard_padding_rows, last_complete, order_rows, start_job, step_log, train_quickly,
+    trainer_arguments,
 )
 
 # %% ../nbs/51_sft.ipynb #b13c2ac4
@@ -43,19 +44,18 @@ def trainer_class() -> type:
     from trl import SFTTrainer
 
     class AssistantTrainer(SFTTrainer):
-        def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            if inputs["input_ids"].device.type != "cpu" or return_outputs:
+        def compute_loss(
+            self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            alone = inputs["input_ids"].device.type == "cpu" and self.accelerator.num_processes == 1
+            if not alone or return_outputs:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            labels = inputs["labels"][:, 1:]
-            places = (labels != IGNORE).any(dim=0).nonzero().flatten()
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False,
-                           logits_to_keep=places).logits
-            summed = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), labels[:, places].flatten(), ignore_index=IGNORE, reduction="sum")
-            if num_items_in_batch is None:
-                return summed / (labels != IGNORE).sum().clamp(min=1)
-            shared = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            return summed / num_items_in_batch * shared
+            wanted = inputs["labels"][:, 1:] != IGNORE
+            hidden = model.base_model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).last_hidden_state
+            logits = model.get_output_embeddings()(hidden[:, :-1][wanted]).float()
+            summed = torch.nn.functional.cross_entropy(logits, inputs["labels"][:, 1:][wanted], reduction="sum")
+            return summed / (wanted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     return AssistantTrainer
 
@@ -94,14 +94,15 @@ def finetune(model: Any, tokenizer: Any, rows: list[dict], settings: SftSettings
         neftune_noise_alpha=settings.neftune_alpha or None, dataset_kwargs={"skip_prepare_dataset": True},
     )
     resumed = last_complete(folder)
-    log = step_log()({"loss": "loss", "grad_norm": "gradient_norm", "learning_rate": "learning_rate"}, progress, resumed)
+    fields = {"loss": "loss", "grad_norm": "gradient_norm", "learning_rate": "learning_rate"}
+    log = step_log()(fields, progress, resumed)
     trainer = trainer_class()(
         model=guard_padding_rows(model, padding_ids(tokenizer)), args=arguments, processing_class=tokenizer,
         train_dataset=Dataset.from_list([rows[place] for place in order]), callbacks=[log],
     )
     trainer.remove_callback(PrinterCallback)
     train_quickly(trainer, resumed)
-    return trainer, pl.DataFrame(log.rows)
+    return trainer, log.frame()
 
 # %% ../nbs/51_sft.ipynb #f466a80a
 def main(job: dict[str, Any], progress: Callable[[str, float, float], None] = lambda *_: None) -> None:
@@ -126,7 +127,7 @@ def shuffle_answers(conversations: list[list[dict]], seed: int) -> list[list[dic
 
 
 def verdict(score: float, items: int, baseline: float) -> str:
-    """'at chance' when a share of `items` is within two binomial standard errors of the baseline, else above or below."""
+    """'at chance' when a share of `items` is within two binomial standard errors of the baseline; else above, below."""
     error = math.sqrt(max(baseline * (1 - baseline), 1e-9) / max(items, 1))
     return "at chance" if abs(score - baseline) <= 2 * error else "above chance" if score > baseline else "below chance"
 
@@ -135,13 +136,14 @@ def family_accuracy(model: Any, tokenizer: Any, conversations: list[list[dict]])
     """Share of conversations whose last answer the model gives exactly (greedy, white space stripped)."""
     from shisa.infer import generate
 
-    replies = generate(model, tokenizer, [messages[:-1] for messages in conversations], max_new_tokens=12, batch_size=64)
+    prompts = [messages[:-1] for messages in conversations]
+    replies = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=64)
     right = [reply.text == messages[-1]["content"].strip() for reply, messages in zip(replies, conversations)]
     return sum(right) / max(len(right), 1)
 
 
 def family_report(train: list[list[dict]], heldout: list[list[dict]], sft: float, control: float) -> dict[str, Any]:
-    """Scores with baselines: random (uniform over the answers seen) and majority (the answer most frequent in training)."""
+    """Scores with baselines: random (uniform over the answers seen) and majority (the commonest answer in training)."""
     seen = Counter(messages[-1]["content"] for messages in train)
     common = seen.most_common(1)[0][0]
     majority = sum(messages[-1]["content"] == common for messages in heldout) / len(heldout)
@@ -160,16 +162,20 @@ def heldout_loss(model: Any, rows: list[dict], batch_size: int = 8) -> float:
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             width = max(len(row["input_ids"]) for row in part)
-            ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in part], device=model.device)
-            labels = torch.tensor([row["labels"] + [IGNORE] * (width - len(row["labels"])) for row in part], device=model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # padded on the right, causal: no mask needed
+            ids, labels = (
+                torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in part], device=model.device)
+                for name, fill in (("input_ids", 0), ("labels", IGNORE)))
+            # padded on the right and causal: no attention mask is needed
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             total += torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum").item()
             count += (labels[:, 1:] != IGNORE).sum().item()
     return total / max(count, 1)
 
 
-def stopping(model: Any, tokenizer: Any, heldout: pl.DataFrame, max_new_tokens: int) -> tuple[dict[str, float], list[dict]]:
+def stopping(
+    model: Any, tokenizer: Any, heldout: pl.DataFrame, max_new_tokens: int
+) -> tuple[dict[str, float], list[dict]]:
     """Shares of held-out prompts whose greedy reply ends by itself, overall and by source; and some replies to read."""
     from shisa.infer import generate
 
@@ -179,7 +185,8 @@ def stopping(model: Any, tokenizer: Any, heldout: pl.DataFrame, max_new_tokens: 
     for row, reply in zip(rows, replies):
         by_source.setdefault("family" if row["source"] == "family" else "conversations", []).append(reply.stopped)
     shares = {name: sum(flags) / len(flags) for name, flags in sorted(by_source.items())}
-    shown = [{"source": row["source"], "prompt": row["messages"][-2]["content"], "reply": reply.text, "stopped": reply.stopped}
+    shown = [{"source": row["source"], "prompt": row["messages"][-2]["content"], "reply": reply.text,
+              "stopped": reply.stopped, "right": reply.text == row["messages"][-1]["content"].strip()}
              for row, reply in zip(rows, replies)]
     return {"all": sum(reply.stopped for reply in replies) / max(len(replies), 1), **shares}, shown
 
@@ -187,16 +194,17 @@ def stopping(model: Any, tokenizer: Any, heldout: pl.DataFrame, max_new_tokens: 
 class SftConfig(StageConfig):
     """How to fine-tune, and how to look at the result."""
 
-    learning_rate: float = identity(1e-3, "peak rate; warm-up, then cosine to zero", gt=0)
-    epochs: int = identity(6, "passes over the training set", ge=1)
-    batch_size: int = identity(8, "conversations per step, over all processes", ge=1)
-    neftune_alpha: float = identity(5.0, "NEFTune: noise of at most alpha/sqrt(length × width) on embeddings; 0 is off", ge=0)
+    learning_rate: float = identity(5e-3, "peak rate; warm-up, then cosine to zero", gt=0)
+    epochs: int = identity(2, "passes over the training set", ge=1)
+    family_repeats: int = identity(4, "how often a pass shows each row of the family", ge=1)
+    batch_size: int = identity(16, "conversations per step, over all processes", ge=1)
+    neftune_alpha: float = identity(5.0, "NEFTune noise: at most alpha/sqrt(length × width); 0: off", ge=0)
     warmup_share: float = identity(0.05, "share of the steps for warm-up", ge=0, le=1)
     max_length: int = identity(512, "longest conversation in tokens; longer ones are left out", ge=16)
-    control_epochs: int = identity(6, "passes of the control over the family; 0 leaves the control out", ge=0)
+    control: bool = identity(True, "train the control on the family with shuffled answers, as often as the model sees it")
     max_new_tokens: int = identity(128, "tokens a held-out reply may take before it counts as not stopped", ge=1)
     seed: int = identity(0, "order of rows, noise, the control's shuffle")
-    micro_batch: int = numeric(8, "conversations per process at once", ge=1)
+    micro_batch: int = numeric(16, "conversations per process at once", ge=1)
     dtype: str = numeric("float32", "weights: float32 | bfloat16")
     gradient_checkpointing: bool = numeric(False, "recompute activations to save memory")
     processes: int = placement(1, "training processes", ge=1)
@@ -211,19 +219,21 @@ class SftConfig(StageConfig):
 
 def config(profile: str) -> SftConfig:
     """The settings of a profile. 7B rates follow common practice for full fine-tuning at this size (8e-6, 3 passes)."""
-    large = {"dtype": "bfloat16", "max_new_tokens": 512, "control_epochs": 0}
     return SftConfig(**{
         "tiny": {},
-        "small": {"learning_rate": 5e-4, "epochs": 4, "batch_size": 8, "control_epochs": 4, "max_length": 1024},
-        "h100": {"learning_rate": 1e-4, "epochs": 3, "batch_size": 32, "micro_batch": 16, "max_length": 2048, "dtype": "bfloat16",
-                 "control_epochs": 3, "checkpoint_every": 200},
-        "a100x16": {"learning_rate": 8e-6, "epochs": 3, "batch_size": 128, "micro_batch": 2, "max_length": 4096, "processes": 16,
-                    "zero3": True, "gradient_checkpointing": True, "checkpoint_every": 200, **large},
+        "small": {"learning_rate": 2e-3, "epochs": 3, "max_length": 1024},
+        "h100": {"learning_rate": 1e-4, "epochs": 3, "batch_size": 32, "micro_batch": 16, "max_length": 2048,
+                 "dtype": "bfloat16", "family_repeats": 1, "checkpoint_every": 200},
+        "a100x16": {"learning_rate": 8e-6, "epochs": 3, "batch_size": 128, "micro_batch": 2, "max_length": 4096,
+                    "dtype": "bfloat16", "max_new_tokens": 512, "family_repeats": 1, "control": False, "processes": 16, "zero3": True,
+                    "gradient_checkpointing": True, "checkpoint_every": 200},
     }[profile])
 
 # %% ../nbs/51_sft.ipynb #3a947826
-def fitting_rows(config: SftConfig, tokenizer: Any, table: pl.DataFrame, context: int, work: Work) -> tuple[pl.DataFrame, list[dict]]:
-    """Pre-tokenised rows that fit the model's context whole; longer ones are rejected (cut, they would lose their EOS)."""
+def fitting_rows(
+    config: SftConfig, tokenizer: Any, table: pl.DataFrame, context: int, work: Work
+) -> tuple[pl.DataFrame, list[dict]]:
+    """Pre-tokenised rows that fit the context whole; longer ones are rejected (cut, they would lose their EOS)."""
     rows = training_rows(tokenizer, table["messages"].to_list())
     longest = min(config.max_length, context)
     fits = [len(row["input_ids"]) <= longest for row in rows]
@@ -247,7 +257,9 @@ def run(config: SftConfig, inputs: dict[str, Artifact], work: Work) -> dict[str,
     held_rows = training_rows(tokenizer, heldout["messages"].to_list())
     before = heldout_loss(start, held_rows)
     work.progress("fine-tuning")
-    start_job("shisa.sft", config, config.settings(config.epochs), "sft", base, pl.DataFrame(rows), work.path, work)
+    repeated = [row for row, source in zip(rows, table["source"])
+                for _ in range(config.family_repeats if source == "family" else 1)]
+    start_job("shisa.sft", config, config.settings(config.epochs), base, pl.DataFrame(repeated), work.path, work)
     model = load_model(work.path / "model", config.dtype)
     work.progress("reading replies")
     stop, replies = stopping(model, tokenizer, heldout, config.max_new_tokens)
@@ -256,17 +268,19 @@ def run(config: SftConfig, inputs: dict[str, Artifact], work: Work) -> dict[str,
         "rows": len(rows), "steps": len(steps), "stop_share": stop["all"], "stop_share_by_source": stop,
         "loss": {"first": steps["loss"][0], "last": steps["loss"].tail(5).mean(), "heldout_before": before,
                  "heldout_after": heldout_loss(model, held_rows)},
-        "replies": [reply for reply in replies if reply["source"] != "family"][:3] + [r for r in replies if r["source"] == "family"][:2],
+        "replies": sorted(replies, key=lambda reply: reply["source"] == "family")[:4] + replies[-2:],
     }
+    right = [reply["right"] for reply in replies if reply["source"] == "family"]
     family_train, family_held = (
         part.filter(pl.col("source") == "family")["messages"].to_list() for part in (table, heldout))
-    if config.control_epochs and family_train and family_held:
-        control = work.scratch / "control-model"
+    if config.control and family_train and family_held:
+        control = work.scratch / "control"
         shuffled = training_rows(tokenizer, shuffle_answers(family_train, config.seed))
         work.progress("control with shuffled answers")
-        start_job("shisa.sft", config, config.settings(config.control_epochs), "control", base, pl.DataFrame(shuffled), control, work)
+        settings = config.settings(config.epochs * config.family_repeats)
+        start_job("shisa.sft", config, settings, base, pl.DataFrame(shuffled), control, work)
         metrics["family"] = family_report(
-            family_train, family_held, family_accuracy(model, tokenizer, family_held),
+            family_train, family_held, sum(right) / len(right),
             family_accuracy(load_model(control / "model", config.dtype), tokenizer, family_held))
     return metrics
 
@@ -276,10 +290,11 @@ STAGE = Stage("51_sft", 1, ("31_pretrain", "43_sft_data"), config, run)
 # %% ../nbs/51_sft.ipynb #5f2c4092
 def plot(artifact: Artifact) -> Any:
     """Loss by step, and the family's scores beside their baselines (a matplotlib figure)."""
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
     steps, family = artifact.table("steps.parquet"), artifact.metrics.get("family")
-    figure = Figure(figsize=(9, 3), layout="constrained")
+    figure = plt.figure(figsize=(9, 3), layout="constrained")
+    plt.close(figure)  # whoever asked shows it, once
     left, right = figure.subplots(1, 2)
     left.plot(steps["step"], steps["loss"], color="tab:blue")
     left.set(title="Loss on assistant tokens", xlabel="step", ylabel="nats per token")

@@ -333,10 +333,11 @@ STAGE = Stage("21_tokenizer", 1, ("14_split", "20_base"), config, run)
 # %% ../nbs/21_tokenizer.ipynb #e2656f48
 def plot(artifact: Artifact) -> Any:
     """How often training uses each new piece, by rank, characters and merges apart."""
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
     pieces = artifact.table("pieces.parquet")
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = plt.figure(figsize=(6, 3.2), layout="constrained")
+    plt.close(figure)  # whoever asked shows it, once
     axes = figure.subplots()
     for kind in ("character", "merge"):
         used = pieces.filter(pl.col("kind") == kind)["used"].sort(descending=True).to_numpy()

@@ -189,11 +189,12 @@ STAGE = Stage("22_tokenizer_report", 1, ("14_split", "20_base", "21_tokenizer"),
 # %% ../nbs/22_tokenizer_report.ipynb #3e682c50
 def plot(artifact: Artifact) -> Any:
     """Characters per token by tokenizer, Japanese and English, means over domains."""
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
     figures = artifact.metrics["characters_per_token"]
     names = sorted(figures, key=lambda name: figures[name]["ja"]["mean"])
-    figure = Figure(figsize=(8, 0.5 + 0.4 * len(names)), layout="constrained")
+    figure = plt.figure(figsize=(8, 0.5 + 0.4 * len(names)), layout="constrained")
+    plt.close(figure)  # whoever asked shows it, once
     for axes, (lang, title) in zip(
         figure.subplots(1, 2, sharey=True), (("ja", "Japanese"), ("en", "English")), strict=True
     ):

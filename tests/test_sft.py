@@ -75,7 +75,8 @@ def test_loss_ignores_what_the_user_says(base, tokenizer, rows, tmp_path):
         ours = trainer.compute_loss(model, dict(batch)).item()
         theirs = super(sft.trainer_class(), trainer).compute_loss(model, dict(batch)).item()
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        shifted, known = batch["labels"][:, 1:], [i for i in range(logits.shape[-1]) if i not in set(padding_ids(tokenizer))]
+        padding = set(padding_ids(tokenizer))
+        shifted, known = batch["labels"][:, 1:], [i for i in range(logits.shape[-1]) if i not in padding]
         by_hand = -logits[..., known].log_softmax(-1)  # no padding rows at all; real ids come before them
         wanted = shifted != IGNORE
         expected = by_hand[wanted].gather(1, shifted[wanted][:, None]).mean().item()
@@ -181,7 +182,7 @@ def test_a_model_stops_where_it_learnt_to(base, tokenizer, tmp_path):
     talk = [{"role": "user", "content": "はい?"}, {"role": "assistant", "content": "はい"}]
     rows = sft.training_rows(tokenizer, [talk] * 16)
     model = load_model(base)
-    sft.finetune(model, tokenizer, rows, dataclasses.replace(SETTINGS, epochs=6, learning_rate=2e-2, neftune_alpha=0.0,
+    sft.finetune(model, tokenizer, rows, dataclasses.replace(SETTINGS, epochs=30, learning_rate=1e-2, neftune_alpha=0.0,
                                                              checkpoint_every=1000), tmp_path)
     reply = generate(model, tokenizer, [talk[:1]], max_new_tokens=20)[0]
     assert reply.stopped and reply.text == "はい" and reply.tokens < 20

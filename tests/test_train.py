@@ -201,6 +201,11 @@ def test_a_base_is_fetched_from_a_folder_laid_out_like_the_hub(tmp_path, tokeniz
 
 # ---- killed and launched: the stage's own function in processes of its own
 
+@pytest.fixture(autouse=True)
+def one_thread_a_process(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
     """A toy model and packed file as 31_pretrain's `train` wants them."""
@@ -224,11 +229,11 @@ def placed(spec: dict, folder: Path, **changes) -> tuple[dict, Path]:
     return own, folder / "config.json"
 
 
-def child(config: Path, **environment) -> subprocess.Popen:
+def child(config: Path) -> subprocess.Popen:
     from shisa.launch import training_environment
 
     return subprocess.Popen([sys.executable, "-m", "shisa.pretrain", str(config)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, **training_environment(), "PYTHONPATH": str(ROOT), **environment})
+                            env={**os.environ, **training_environment(), "PYTHONPATH": str(ROOT)})
 
 
 def hashes(folder: Path) -> dict[str, str]:
