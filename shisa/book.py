@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['checkout', 'notebooks', 'read_notebook', 'write_notebook', 'source', 'code_hash', 'stale', 'keep_output',
-           'tidy_output', 'refresh', 'execute_any', 'visible', 'as_markdown', 'prepare', 'toctree', 'write_pages',
-           'build_docs']
+           'tidy_output', 'refresh', 'refresh_one', 'execute_any', 'visible', 'as_markdown', 'prepare', 'toctree',
+           'write_pages', 'build_docs']
 
 # %% ../nbs/lib/15_book.ipynb #ac1fad47
-import contextlib
 import hashlib
-import io
 import json
 import os
 import re
@@ -20,8 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .config import ShisaError, project_root
-from .pipeline import CHAPTERS, PARTS, execute_notebook, run_root
+from .config import ShisaError, project_root, run_root
+from .pipeline import CHAPTERS, PARTS, execute_notebook, kernel_environment
 
 # %% ../nbs/lib/15_book.ipynb #b31bfe69
 def checkout() -> Path:
@@ -92,34 +90,51 @@ def refresh(names: list[str]) -> list[str]:
     empty = root / "runs" / "nothing"
     empty.mkdir(parents=True, exist_ok=True)
     os.environ["SHISA_DATA"] = str(empty)  # outputs in git must not depend on what lies beside the checkout
+    failed = []
     for name in names:
-        path = root / "nbs" / f"{name}.ipynb"
-        if not path.is_file():
-            raise ShisaError(f"no notebook {path.relative_to(root)}; name it as in nbs/, for example 12_dedup or lib/01_stage")
-        target = run_root("tiny") / "refreshed" / f"{name.replace('/', '_')}.ipynb"
-        execute_any(path, target)
-        fresh, executed = read_notebook(path), read_notebook(target)
-        done = [cell for cell in executed["cells"] if "injected-parameters" not in cell["metadata"].get("tags", [])]
-        for cell, other in zip(fresh["cells"], done, strict=True):
-            if cell["cell_type"] == "code":
-                outputs = [tidy_output(o, root) for o in other["outputs"] if keep_output(o)]
-                cell |= {"outputs": outputs, "execution_count": None, "metadata": cell["metadata"]}
-        fresh["metadata"]["shisa"] = {"executed": code_hash(fresh)}
-        write_notebook(path, fresh)
-        print(f"refreshed {name}")
+        try:
+            refresh_one(root, name)
+            print(f"refreshed {name}", flush=True)
+        except ShisaError as error:
+            failed.append(name)
+            print(f"not refreshed: {name}: {error}", flush=True)
+    if failed:
+        raise ShisaError(f"not refreshed: {', '.join(failed)}")
     return names
+
+
+def refresh_one(root: Path, name: str) -> None:
+    """Execute one notebook and write its outputs back; a failure leaves the notebook as it was."""
+    path = root / "nbs" / f"{name}.ipynb"
+    if not path.is_file():
+        raise ShisaError(f"no notebook {path.relative_to(root)}; name it as in nbs/, for example 12_dedup or lib/01_stage")
+    target = run_root("tiny") / "refreshed" / f"{name.replace('/', '_')}.ipynb"
+    execute_any(path, target)
+    fresh, executed = read_notebook(path), read_notebook(target)
+    done = [cell for cell in executed["cells"] if "injected-parameters" not in cell["metadata"].get("tags", [])]
+    for cell, other in zip(fresh["cells"], done, strict=True):
+        if cell["cell_type"] == "code":
+            outputs = [tidy_output(o, root) for o in other["outputs"] if keep_output(o)]
+            cell |= {"outputs": outputs, "execution_count": None}
+    fresh["metadata"]["shisa"] = {"executed": code_hash(fresh)}
+    write_notebook(path, fresh)
 
 
 def execute_any(path: Path, target: Path) -> None:
     """Execute a chapter (with the tiny profile as parameters) or a room or the index (which have none)."""
     if path.stem in CHAPTERS:
-        return execute_notebook(path, target, "tiny", "")
+        execute_notebook(path, target, "tiny", "")
+        return
     import papermill
+    from papermill.exceptions import PapermillExecutionError
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.redirect_stderr(io.StringIO()):
-        papermill.execute_notebook(path, target, cwd=path.parent, progress_bar=False, log_output=False)
-    return None
+    os.environ.update(kernel_environment())
+    try:
+        papermill.execute_notebook(path, target, cwd=path.parent, progress_bar=False, log_output=False,
+                                   extra_arguments=["--log-level=40"])
+    except PapermillExecutionError as error:
+        raise ShisaError(f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue}; see {target}") from None
 
 # %% ../nbs/lib/15_book.ipynb #55926196
 def visible(notebook: dict[str, Any]) -> list[dict[str, Any]]:

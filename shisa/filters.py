@@ -286,5 +286,5 @@ def plot(artifact: Artifact) -> Any:
     axes.barh(names, left, color="tab:blue")
     axes.invert_yaxis()
     axes.set_xlabel("documents left")
-    axes.set_xlim(min(left) * 0.8, left[0] * 1.01)
+    axes.set_xlim(0, left[0] * 1.01)
     return figure

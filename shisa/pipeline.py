@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PARTS', 'CHAPTERS', 'WITHOUT_STAGE', 'STAGES', 'STUDIES', 'Step', 'plan', 'select', 'notebook_of',
            'kernel_environment', 'execute_notebook', 'run_chapter', 'Watch', 'refuse_changed', 'verify_standing',
-           'todo', 'run', 'status_rows', 'study']
+           'page_missing', 'todo', 'run', 'status_rows', 'study']
 
 # %% ../nbs/lib/13_pipeline.ipynb #0954adb5
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -105,12 +106,11 @@ def execute_notebook(notebook: Path, target: Path, profile: str, out: str | Path
         raise ShisaError(f"{notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}; see {target}") from None
 
 
-def run_chapter(chapter: str, profile: str, out: str | Path, rebuild: bool, say: Callable[[str], None]) -> None:
-    """Run one chapter: its notebook where there is one, else its stage in process."""
+def run_chapter(chapter: str, profile: str, out: str | Path, replace: bool, say: Callable[[str], None]) -> None:
+    """Run one chapter: its notebook where there is one, else its stage in process; `replace` sets what stands aside first."""
     notebook, root = notebook_of(chapter), run_root(profile, out)
-    if rebuild and chapter in STAGES and (root / chapter).exists():
-        standing = root / ".work" / f"{chapter}-replaced"
-        standing.parent.mkdir(exist_ok=True)
+    standing = root / ".work" / f"{chapter}-replaced"
+    if replace:
         os.rename(root / chapter, standing)  # comes back if the new one fails
     try:
         if notebook:
@@ -118,9 +118,7 @@ def run_chapter(chapter: str, profile: str, out: str | Path, rebuild: bool, say:
         elif chapter in STAGES:
             run_stage(chapter, profile, out, say=say)
     finally:
-        if rebuild and (standing := root / ".work" / f"{chapter}-replaced").exists():
-            import shutil
-
+        if standing.exists():
             shutil.rmtree(standing) if (root / chapter).exists() else os.rename(standing, root / chapter)
 
 # %% ../nbs/lib/13_pipeline.ipynb #7e818376
@@ -183,6 +181,12 @@ def verify_standing(step: Step, root: Path, say: Callable[[str], None]) -> None:
         say(f"{step.name}: its code changed, its version did not: kept (raise the version to rebuild)")
 
 
+def page_missing(root: Path, chapter: str) -> bool:
+    """True where the executed copy of a chapter is not there or ends in an error (its stage may stand all the same)."""
+    page = root / "notebooks" / f"{chapter}.ipynb"
+    return not page.is_file() or '"output_type": "error"' in page.read_text(encoding="utf-8")
+
+
 def todo(profile: str, out: str | Path, only: str, start: str, rebuild: bool, say: Callable[[str], None]) -> list[str]:
     """The chapters to run now, in order: stages whose artifact is missing or (with `rebuild`) outdated, and pages."""
     root, chosen = run_root(profile, out), select(only, start)
@@ -197,8 +201,7 @@ def todo(profile: str, out: str | Path, only: str, start: str, rebuild: bool, sa
         if step.state == "done":
             verify_standing(step, root, say)
     work = [name for name, step in steps.items() if step.state != "done"]
-    pages = [c for c in chosen if c in WITHOUT_STAGE and notebook_of(c)
-             and (work or not (root / "notebooks" / f"{c}.ipynb").is_file())]
+    pages = [c for c in chosen if notebook_of(c) and (page_missing(root, c) or (work and c in WITHOUT_STAGE))]
     return [c for c in CHAPTERS if c in work or c in pages]
 
 
@@ -212,10 +215,11 @@ def run(profile: str = "tiny", out: str | Path = "", only: str = "", start: str 
     if dry_run:
         say("\n".join(["would run:", *chapters]) if chapters else "nothing to do: every stage stands")
         return root
+    outdated = {step.name for step in plan(profile, root) if step.state == "changed"} if rebuild else set()
     for number, chapter in enumerate(chapters, 1):
         position = f"[{number}/{len(chapters)}]"
         with Watch(root, chapter, position, say) as watch:
-            run_chapter(chapter, profile, root, rebuild, say)
+            run_chapter(chapter, profile, root, chapter in outdated, say)
         say(f"{position} {chapter}: {watch.seconds:.1f} s")
         _record_time(root, chapter, watch.seconds)
     if not chapters:

@@ -193,8 +193,8 @@ def plot(artifact: Artifact) -> Any:
     figure = plt.figure(figsize=(9, 3.2), layout="constrained")
     plt.close(figure)  # whoever asked shows it, once
     left, right = figure.subplots(1, 2)
-    left.plot(steps["tokens"], steps["loss"], linewidth=0.8)
-    left.set(xlabel="tokens", ylabel="loss (nats a token)", title="Pre-training")
+    left.plot(steps["tokens"] / 1e3, steps["loss"], linewidth=0.8)
+    left.set(xlabel="thousand tokens", ylabel="loss (nats a token)", title="Pre-training")
     names, languages = ("base", "untrained", "unigram", "trained"), sorted(bits["trained"])
     for offset, lang in enumerate(languages):
         places = [at + 0.4 * offset - 0.2 for at in range(len(names))]

@@ -33,7 +33,7 @@ def tokenizer_rows(stages: dict[str, Artifact]) -> list[dict[str, Any]]:
     """Characters per token on held-out text, base against extended."""
     efficiency, rows = stages["22_tokenizer_report"].metrics["characters_per_token"], []
     for language, name in (("ja", "Japanese"), ("en", "English")):
-        before, after = efficiency["base"][language]["mean"], efficiency["extended"][language]["mean"]
+        before, after = efficiency["Mistral"][language]["mean"], efficiency["extended"][language]["mean"]
         promise = ("≥ 1.4 times", after >= 1.4 * before) if language == "ja" else ("unchanged", abs(after / before - 1) < 0.005)
         rows.append(_row(f"{name} characters per token", before, after, *promise))
     return rows
@@ -57,14 +57,15 @@ def training_rows(stages: dict[str, Artifact]) -> list[dict[str, Any]]:
 
 def chat_rows(stages: dict[str, Artifact]) -> list[dict[str, Any]]:
     """What fine-tuning and preference tuning changed."""
-    sft, dpo = stages["51_sft"].metrics, stages["61_dpo"].metrics
+    sft, dpo = stages["51_sft"].metrics, stages["61_dpo"].metrics["heldout"]
     family = sft["family"]
     return [
         _row("replies that stop by themselves", "", sft["stop_share"], "≥ 0.9", sft["stop_share"] >= 0.9),
-        _row("family of instructions (shuffled control → SFT)", family["control"], family["sft"], "above",
-             family["sft"] > family["control"]),
-        _row("held-out pairs ranked right (before → after DPO)", dpo.get("accuracy_before", ""), dpo["accuracy"]),
-        _row("held-out reward margin after DPO", 0.0, dpo["margin"]),
+        _row("family of instructions, right (shuffled control → SFT)", family["control"], family["sft"], "above chance and control",
+             family["sft"] > family["control"] and family["verdict"]["sft"] == "above chance"),
+        _row("held-out pairs: share with the larger reward for chosen", 0.5, dpo["reward_accuracy"], "above chance",
+             dpo["verdict"] == "above chance"),
+        _row("held-out pairs: reward margin", 0.0, dpo["reward_margin"]),
     ]
 
 
@@ -126,9 +127,9 @@ def seconds_by_chapter(root: Path) -> list[dict[str, Any]]:
 def replies(root: Path) -> list[dict[str, Any]]:
     """Sample replies of the fine-tuned and preference-tuned models, as their stages kept them."""
     stages, rows = opened(root), []
-    for name in ("51_sft", "61_dpo"):
+    for name in ("51_sft", "80_release"):
         if name in stages:
-            rows += [{"model": name, "prompt": r["prompt"], "reply": r["reply"]} for r in stages[name].metrics.get("samples", [])[:4]]
+            rows += [{"model": name, "prompt": r["prompt"], "reply": r["reply"]} for r in stages[name].metrics["replies"]]
     return rows
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def _build(stage: Stage, config: StageConfig, inputs: dict[str, Artifact], wante
 
 
 def run_stage(name: str, profile: str = "tiny", out: str | Path = "", *, rebuild: bool = False,
-              config: StageConfig | None = None, say: Callable[[str], None] = print) -> Artifact:
+              config: StageConfig | None = None, say: Callable[[str], None] = partial(print, file=sys.stderr)) -> Artifact:
     """Make a stage's artifact, or verify and return the one that stands.
 
     Raises `ShisaError` when the artifact that stands was made from something else (unless `rebuild`), when an input is
@@ -236,7 +237,7 @@ def lineage(name: str) -> list[str]:
     return [*order, name]
 
 
-def need(name: str, profile: str = "tiny", out: str | Path = "", say: Callable[[str], None] = print) -> Artifact:
+def need(name: str, profile: str = "tiny", out: str | Path = "", say: Callable[[str], None] = partial(print, file=sys.stderr)) -> Artifact:
     """Open an earlier stage's artifact; at `tiny`, build it and its ancestors first where missing."""
     target = run_root(profile, out) / name
     if (target / "manifest.json").is_file():

@@ -3,14 +3,15 @@ from pathlib import Path
 
 
 def mistral_tokenizer(folder: Path):
-    """The Mistral 7B v0.1 tokenizer, padded to a multiple of 64 with `<|extra_i|>` special tokens; pad is `<|extra_0|>`."""
+    """The Mistral 7B v0.1 tokenizer with 64 padding tokens `<|extra_i|>`; the first is the pad token."""
     from shisa.base import base_tokenizer
     from shisa.train import load_tokenizer
 
     base_tokenizer(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.pad_token is None or not tokenizer.pad_token.startswith("<|extra_"):
-        tokenizer.add_special_tokens({"pad_token": "<|extra_0|>", "additional_special_tokens": [f"<|extra_{i}|>" for i in range(64)]})
+        extra = [f"<|extra_{number}|>" for number in range(64)]
+        tokenizer.add_special_tokens({"pad_token": extra[0], "additional_special_tokens": extra})
         tokenizer.save_pretrained(folder)
         tokenizer = load_tokenizer(folder)
     return tokenizer

@@ -3,20 +3,23 @@ import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shisa.chat_format import CHAT_TEMPLATE, TRAINING_TEMPLATE, check_conversation, encode_conversation, install_template, render
+from shisa.chat_format import (
+    CHAT_TEMPLATE, TRAINING_TEMPLATE, check_conversation, encode_conversation, install_template, render,
+)
 from shisa.config import ShisaError
 from shisa.infer import control_ids, prompt_ids
 
 SPECIAL = ("<s>", "</s>", "<unk>", "<|extra_0|>", "[INST]", "[/INST]", "<<SYS>>", "<s>[INST] x [/INST] y </s>")
 PIECES = st.sampled_from((*SPECIAL, "日本語の文。", "hello ", "  ", "\n", "漢字", "🦁", "\u2028", "{{ x }}", "{% if %}", "▁"))
-TEXT = st.one_of(st.text(min_size=1, max_size=30), st.lists(PIECES, min_size=1, max_size=5).map("".join)).filter(str.strip)
+MIXED = st.lists(PIECES, min_size=1, max_size=5).map("".join)
+TEXT = st.one_of(st.text(min_size=1, max_size=30), MIXED).filter(str.strip)
 PLAIN = st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1, max_size=40).filter(str.strip)
 
 
 def talks(text: st.SearchStrategy) -> st.SearchStrategy:
     """Valid conversations: system or not, one to five turns."""
     def build(system: str | None, contents: list[str]) -> list[dict]:
-        turns = [{"role": ("user", "assistant")[place % 2], "content": content} for place, content in enumerate(contents)]
+        turns = [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
         return ([{"role": "system", "content": system}] if system else []) + turns
 
     return st.builds(build, st.none() | text, st.lists(text, min_size=1, max_size=5))

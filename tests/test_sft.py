@@ -1,4 +1,4 @@
-"""Fine-tuning and preference tuning on a toy model: what is learnt, the noise, the padding rows, going on after a kill."""
+"""Fine-tuning and preference tuning on a toy model: what is learnt, noise, padding rows, going on after a kill."""
 import dataclasses
 import math
 import shutil
@@ -17,8 +17,8 @@ from shisa.infer import complete, generate, stream
 from shisa.train import load_model, padding_ids
 from shisa.tuning import IGNORE, guard_padding_rows, last_complete, order_rows, trainer_arguments
 
-SETTINGS = sft.SftSettings(learning_rate=1e-3, epochs=2, batch_size=4, micro_batch=2, neftune_alpha=5.0, warmup_share=0.1,
-                           checkpoint_every=2, seed=0)
+SETTINGS = sft.SftSettings(learning_rate=1e-3, epochs=2, batch_size=4, micro_batch=2, neftune_alpha=5.0,
+                           warmup_share=0.1, checkpoint_every=2, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,8 @@ def test_labels_are_the_assistants_tokens_alone(tokenizer, rows):
 
 def test_loss_ignores_what_the_user_says(base, tokenizer, rows, tmp_path):
     """The CPU short cut computes TRL's loss, over assistant tokens alone, with the padding rows out of the softmax."""
-    trainer, _ = sft.finetune(load_model(base), tokenizer, rows, dataclasses.replace(SETTINGS, epochs=1, learning_rate=1e-9), tmp_path)
+    still = dataclasses.replace(SETTINGS, epochs=1, learning_rate=1e-9)
+    trainer, _ = sft.finetune(load_model(base), tokenizer, rows, still, tmp_path)
     batch = trainer.data_collator(rows[:4])
     model = trainer.model.eval()
     with torch.no_grad():
@@ -85,7 +86,7 @@ def test_loss_ignores_what_the_user_says(base, tokenizer, rows, tmp_path):
 
 
 def test_neftune_noise_is_there_and_bounded(base, tokenizer, rows, tmp_path, monkeypatch):
-    """Between the switch to training and the optimiser's step the embeddings carry noise of at most alpha/sqrt(length × width)."""
+    """While it trains, the embeddings carry noise of at most alpha/sqrt(length × width), and near that much."""
     seen = []
     plain = sft.trainer_class().compute_loss
 
@@ -125,7 +126,7 @@ def test_job_leaves_a_chat_model(undisturbed, tokenizer):
 
 @pytest.mark.parametrize("damage", ["none", "optimizer.pt", "rng_state.pth", "scheduler.pt", "unmarked"])
 def test_going_on_equals_an_undisturbed_run(undisturbed, tmp_path, damage):
-    """From each state that a kill can leave: the newest *complete* checkpoint is used, and the weights are the same bytes."""
+    """From each state that a kill can leave: the newest *complete* checkpoint is used; the bytes are the same."""
     job, folder = undisturbed
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(folder / "checkpoints", checkpoints)
@@ -164,7 +165,7 @@ def test_control_keeps_prompts_and_deals_answers(tokenizer):
 
 
 def test_generation(base, tokenizer):
-    """Padding on the left changes nothing, the same seed gives the same text, padding rows never come, long prompts are refused."""
+    """Padding changes nothing, a seed gives the same text, padding rows never come, long prompts are refused."""
     model = load_model(base)
     asked = [[{"role": "user", "content": text}] for text in ("こんにちは", "長い質問です。" * 5, "Hi")]
     together = generate(model, tokenizer, asked, max_new_tokens=8)
