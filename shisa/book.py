@@ -170,11 +170,11 @@ def as_markdown(notebook: dict[str, Any]) -> str:
 def prepare() -> None:
     """Export every module, clean every notebook, write README.md from the index. Leaves no difference when run twice."""
     from nbdev.clean import nbdev_clean
-    from nbdev.export import nbdev_export
+    from nbdev.doclinks import nbdev_export
 
     root = checkout()
-    for command in (nbdev_export, nbdev_clean):
-        command(path=str(root / "nbs")) if command is nbdev_export else command(fname=str(root / "nbs"))
+    nbdev_export(path=str(root / "nbs"))
+    nbdev_clean(fname=str(root / "nbs"))
     for path in notebooks(root):
         write_notebook(path, read_notebook(path))
     readme = as_markdown(read_notebook(root / "nbs" / "index.ipynb"))

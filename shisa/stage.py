@@ -208,9 +208,8 @@ def run_stage(name: str, profile: str = "tiny", out: str | Path = "", *, rebuild
     config = config or stage.config(check_profile(profile))
     inputs = {i: Artifact(root / i) for i in stage.inputs}
     wanted = describe(stage, config, {i: artifact.manifest["fingerprint"] for i, artifact in inputs.items()})
-    target = root / name
+    target, lock = root / name, root / ".work" / f"{name}.lock"
     (root / ".work").mkdir(parents=True, exist_ok=True)
-    lock = root / ".work" / f"{name}.lock"
     try:
         with FileLock(lock, timeout=5):
             standing, changed = existing(target, wanted)
