@@ -148,6 +148,7 @@ class BaseConfig(StageConfig):
     heldout_bytes: int = identity(0, "bytes a language to measure on, even by source; 0: all that is held out")
     window_bytes: int = identity(512, "bytes in a window of bits per byte")
     seed: int = identity(0, "of weights, drawing and order")
+    candidates: int = identity(0, "output rows looked at in a step, beside its targets'; 0: all (lib/08_train)", ge=0)
     checkpoint_every: int = identity(100, "steps between checkpoints")
     micro_batch: int = numeric(2, "sequences at once")
     dtype: str = numeric("float32", "of the matrix products")
@@ -158,7 +159,7 @@ def config(profile: str) -> BaseConfig:
     return BaseConfig(**{
         "tiny": {},
         "small": {"hidden": 192, "layers": 4, "heads": 6, "batch": 4, "micro_batch": 4, "steps": 800,
-                  "heldout_bytes": 120_000},
+                  "candidates": 6_000, "heldout_bytes": 120_000},
         "h100": {"hidden": 512, "layers": 8, "heads": 8, "length": 1024, "batch": 32, "micro_batch": 32, "steps": 600,
                  "learning_rate": 1e-3, "heldout_bytes": 400_000, "window_bytes": 2048, "dtype": "bfloat16"},
         "a100x16": {"source": "hub", "hub_name": "mistralai/Mistral-7B-v0.1",
@@ -209,7 +210,8 @@ def settings_of(config: Any) -> TrainSettings:
     """The `TrainSettings` named by a stage's config."""
     return TrainSettings(steps=config.steps, batch=config.batch, micro_batch=config.micro_batch, seed=config.seed,
                          learning_rate=config.learning_rate, warmup=max(1, config.steps // 20),
-                         checkpoint_every=config.checkpoint_every, dtype=config.dtype)
+                         checkpoint_every=config.checkpoint_every, dtype=config.dtype,
+                         candidates=config.candidates)
 
 
 def source_licences(documents: pl.DataFrame) -> list[dict[str, Any]]:

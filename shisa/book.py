@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['checkout', 'notebooks', 'read_notebook', 'write_notebook', 'source', 'code_hash', 'stale', 'keep_output',
-           'tidy_output', 'refresh', 'refresh_one', 'execute_any', 'visible', 'as_markdown', 'prepare', 'toctree',
-           'write_pages', 'build_docs']
+           'tidy_output', 'join_streams', 'refresh', 'refresh_one', 'execute_any', 'visible', 'as_markdown', 'prepare',
+           'toctree', 'write_pages', 'build_docs']
 
 # %% ../nbs/lib/13_book.ipynb #82f71ae0
 import hashlib
@@ -83,6 +83,18 @@ def tidy_output(output: dict[str, Any], root: Path) -> dict[str, Any]:
     return output
 
 
+def join_streams(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The outputs with printed text that follows printed text joined: how it was cut is a matter of timing."""
+    joined: list[dict[str, Any]] = []
+    for output in outputs:
+        if joined and output["output_type"] == joined[-1]["output_type"] == "stream" and output["name"] == joined[-1]["name"]:
+            text = "".join(joined[-1]["text"]) + "".join(output["text"])
+            joined[-1] = {**joined[-1], "text": text.splitlines(keepends=True)}
+        else:
+            joined.append(output)
+    return joined
+
+
 def refresh(names: list[str]) -> list[str]:
     """Execute notebooks at `tiny` and put their outputs back into nbs/; `names` empty: those that are stale."""
     root = checkout()
@@ -114,7 +126,7 @@ def refresh_one(root: Path, name: str) -> None:
     done = [cell for cell in executed["cells"] if "injected-parameters" not in cell["metadata"].get("tags", [])]
     for cell, other in zip(fresh["cells"], done, strict=True):
         if cell["cell_type"] == "code":
-            outputs = [tidy_output(o, root) for o in other["outputs"] if keep_output(o)]
+            outputs = [tidy_output(o, root) for o in join_streams([o for o in other["outputs"] if keep_output(o)])]
             cell |= {"outputs": outputs, "execution_count": None}
     fresh["metadata"]["shisa"] = {"executed": code_hash(fresh)}
     write_notebook(path, fresh)
@@ -136,7 +148,7 @@ def execute_any(path: Path, target: Path) -> None:
     except PapermillExecutionError as error:
         raise ShisaError(f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue}; see {target}") from None
 
-# %% ../nbs/lib/13_book.ipynb #a87783db
+# %% ../nbs/lib/13_book.ipynb #55d8dea0
 def visible(notebook: dict[str, Any]) -> list[dict[str, Any]]:
     """The cells a reader of the site sees: without hidden ones, without directive lines."""
     cells = []
@@ -181,7 +193,7 @@ def prepare() -> None:
     header = "<!-- Written from nbs/index.ipynb by `shisa prepare`: edit the notebook. -->\n\n"
     (root / "README.md").write_text(header + re.sub(r"\]\((\d\d_\w+)\.ipynb\)", r"](nbs/\1.ipynb)", readme), encoding="utf-8")
 
-# %% ../nbs/lib/13_book.ipynb #41e84757
+# %% ../nbs/lib/13_book.ipynb #54410b55
 def toctree(caption: str, pages: list[str]) -> str:
     """A MyST toctree block."""
     return "\n".join(["```{toctree}", ":maxdepth: 1", f":caption: {caption}", "", *pages, "```", ""])

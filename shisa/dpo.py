@@ -164,7 +164,7 @@ def config(profile: str) -> DpoConfig:
     """The settings of a profile. 7B: 5e-7, β 0.1, one pass, chosen, not measured here."""
     return DpoConfig(**{
         "tiny": {},
-        "small": {"learning_rate": 1e-4, "batch_size": 8, "max_length": 512},
+        "small": {"max_length": 512},
         "h100": {"learning_rate": 1e-5, "batch_size": 32, "micro_batch": 8, "max_length": 1024, "dtype": "bfloat16"},
         "a100x16": {"learning_rate": 5e-7, "batch_size": 64, "micro_batch": 1, "max_length": 4096, "dtype": "bfloat16",
                     "processes": 16, "zero3": True, "gradient_checkpointing": True},

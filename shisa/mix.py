@@ -34,7 +34,7 @@ def config(profile: str) -> MixConfig:
     """The mix of each profile."""
     return MixConfig(**{
         "tiny": {},
-        "small": {"tokens": 1_228_800, "english_share": 0.22},
+        "small": {"tokens": 2_867_200, "english_share": 0.1},
         "h100": {"tokens": 40_000_000, "length": 1024},
         "a100x16": {"tokens": 8_000_000_000, "english_share": 0.1, "length": 4096},
     }[profile])

@@ -38,6 +38,7 @@ class PretrainConfig(StageConfig):
     learning_rate: float = identity(1.5e-3, "peak learning rate; cosine to a tenth")
     weight_decay: float = identity(0.01, "of the matrices inside the blocks")
     seed: int = identity(0, "of the order of sequences")
+    candidates: int = identity(0, "output rows looked at in a step, beside its targets'; 0: all (lib/08_train)", ge=0)
     checkpoint_every: int = identity(100, "steps between checkpoints")
     count_texts: int = identity(2_000, "Japanese train documents counted before the first step; 0: no counting", ge=0)
     calibration_texts: int = identity(60, "train documents of each language for the constant direction", ge=1)
@@ -56,7 +57,7 @@ def config(profile: str) -> PretrainConfig:
     """Pre-training of each profile."""
     return PretrainConfig(**{
         "tiny": {},
-        "small": {"batch": 4, "micro_batch": 4, "english_gate": 1.03,
+        "small": {"batch": 4, "micro_batch": 4, "learning_rate": 2.5e-3, "candidates": 6_000, "english_gate": 1.03,
                   "heldout_bytes": 120_000},
         "h100": {"batch": 32, "micro_batch": 16, "learning_rate": 5e-4, "heldout_bytes": 400_000, "window_bytes": 2048,
                  "dtype": "bfloat16", "english_gate": 1.03, "count_texts": 10_000},
@@ -96,7 +97,7 @@ def _settings(config: PretrainConfig, sequences: int) -> TrainSettings:
     if not steps:
         raise ShisaError(f"30_mix packed {sequences} sequences, less than one batch of {config.batch}: raise tokens")
     same = {name: getattr(config, name) for name in (
-        "batch", "micro_batch", "seed", "dtype", "learning_rate", "weight_decay", "checkpoint_every")}
+        "batch", "micro_batch", "seed", "dtype", "learning_rate", "weight_decay", "checkpoint_every", "candidates")}
     return TrainSettings(steps=steps, warmup=max(1, steps // 20), **same)
 
 
@@ -265,9 +266,14 @@ def same_text(packed: Packed, extended: Any, base: Any) -> Packed:
     return pack(pieces, packed.length, pad_id(base))
 
 
-def flops_per_token(model: Any) -> int:
-    """Forward and backward, a token: 6 × the parameters that multiply (all but the input embeddings)."""
-    return 6 * (sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel())
+def flops_per_token(model: Any, candidates: int = 0) -> int:
+    """Forward and backward, a token: 6 × the parameters that multiply (all but the input embeddings).
+
+    Of the output layer those `candidates` rows count that a step looks at; 0: all.
+    """
+    head = model.get_output_embeddings().weight
+    unseen = max(0, len(head) - candidates) * head.shape[1] if candidates else 0
+    return 6 * (sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel() - unseen)
 
 
 def _control(name: str, model: Any, tokenizer: Any, packed: Packed, settings: TrainSettings, scratch: Path,
@@ -276,7 +282,7 @@ def _control(name: str, model: Any, tokenizer: Any, packed: Packed, settings: Tr
     scores = {lang: score_windows(model, tokenizer, windows[lang]) for lang in sorted(windows)}
     tokens = settings.steps * settings.batch * packed.length
     return {"model": name, **{lang: scores[lang].bits_per_byte for lang in ("ja", "en")}, "steps": settings.steps,
-            "tokens": int(trained.steps["tokens"][-1]), "TFLOPs": tokens * flops_per_token(model) / 1e12}
+            "tokens": int(trained.steps["tokens"][-1]), "TFLOPs": tokens * flops_per_token(model, settings.candidates) / 1e12}
 
 # %% ../nbs/31_pretrain.ipynb #64932592
 def controls(profile: str, out: Path) -> Path:
@@ -293,7 +299,7 @@ def controls(profile: str, out: Path) -> Path:
     scratch = Path(out) / ".work" / "controls" / done.manifest["fingerprint"][:12]
     extended, base = load_tokenizer(done.folder("model")), load_tokenizer(stages["20_base"].folder("model"))
     settings, adapted = _settings(own, len(packed)), load_model(done.folder("model"))
-    bits, per_token = done.metrics["bits_per_byte"], flops_per_token(adapted)
+    bits, per_token = done.metrics["bits_per_byte"], flops_per_token(adapted, own.candidates)
     budget = settings.steps * settings.batch * packed.length * per_token
     rows = [{"model": "adapted (this run)", "ja": bits["trained"]["ja"], "en": bits["trained"]["en"],
              "steps": settings.steps, "tokens": done.metrics["tokens"], "TFLOPs": budget / 1e12}]
@@ -304,7 +310,8 @@ def controls(profile: str, out: Path) -> Path:
     rows.append(_control(name, fresh, extended, packed, faster, scratch / "scratch", windows))
     again, model = same_text(packed, extended, base), load_model(stages["20_base"].folder("model"))
     equal_text = _settings(own, len(again))
-    equal_flops = replace(equal_text, steps=max(1, budget // (own.batch * again.length * flops_per_token(model))))
+    step = own.batch * again.length * flops_per_token(model, own.candidates)
+    equal_flops = replace(equal_text, steps=max(1, budget // step))
     for equal, plan in (("text", equal_text), ("FLOPs", equal_flops)):
         model = load_model(stages["20_base"].folder("model"))
         rows.append(_control(f"no extension, equal {equal}", model, base, again, plan, scratch / equal, windows))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'LOGGED', 'quiet', 'load_tokenizer', 'device', 'mask_padding', 'load_model', 'save_model',
-           'TrainSettings', 'Trained', 'make_accelerator', 'keep_memory', 'save_checkpoint', 'last_checkpoint',
-           'train_lm']
+           'inclusion', 'sampled_cross_entropy', 'TrainSettings', 'Trained', 'make_accelerator', 'keep_memory',
+           'save_checkpoint', 'last_checkpoint', 'train_lm']
 
 # %% ../nbs/lib/08_train.ipynb #947dbf74
 import ctypes
@@ -62,7 +62,7 @@ def device() -> str:
 
 
 def mask_padding(model: Any, ids: list[int]) -> Any:
-    """Hook the output layer so that these rows get probability 0; returns the model."""
+    """Hook the output layer so that these rows get probability 0, and say so in the generation config; returns the model."""
     import torch
 
     def push_down(layer: Any, inputs: Any, logits: Any) -> Any:
@@ -71,6 +71,7 @@ def mask_padding(model: Any, ids: list[int]) -> Any:
         return logits
 
     if ids:
+        model.generation_config.suppress_tokens = list(ids)
         model.get_output_embeddings().register_forward_hook(push_down)
     return model
 
@@ -111,9 +112,49 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, state: dict[str, 
         tokenizer.save_pretrained(folder)
 
 # %% ../nbs/lib/08_train.ipynb #5a3efc4b
+def inclusion(counts: np.ndarray, candidates: int) -> np.ndarray:
+    """Probability for each row of being drawn: as the fourth root of its count (plus ½), at most 1; 0 where it is negative.
+
+    The probabilities sum to `candidates`, or are all 1 where there are no more rows than that.
+    """
+    weight = np.where(counts < 0, 0.0, np.maximum(counts, 0) + 0.5) ** 0.25
+    out, certain = np.zeros(len(weight)), np.zeros(len(weight), dtype=bool)
+    if candidates >= (weight > 0).sum():
+        return (weight > 0).astype(float)
+    while True:  # rows above 1 are taken for certain, and the rest shares what is left
+        rest = weight * ~certain
+        out = np.where(certain, 1.0, rest * (candidates - certain.sum()) / rest.sum())
+        if not (over := (out > 1) & ~certain).any():
+            return out
+        certain |= over
+
+
+def sampled_cross_entropy(hidden: Any, weight: Any, labels: Any, shown: np.ndarray, draw: list[int]) -> Any:
+    """Summed cross entropy (nats) of `hidden` (tokens × width) under the rows of `weight`, estimated from some of them.
+
+    Looked at are the rows of the labels and those that the draw with seed `draw` finds, each with probability `shown`.
+    With all of `shown` 1 it is exact. Labels of `IGNORE` do not count.
+    """
+    import torch
+
+    kept = labels != IGNORE
+    hidden, labels = hidden[kept], labels[kept]
+    wanted = np.zeros(len(shown), dtype=bool)
+    wanted[labels.cpu().numpy()] = True
+    rows = np.flatnonzero(wanted | (np.random.default_rng(draw).random(len(shown)) < shown))
+    raised = np.where(wanted[rows], 0.0, -np.log(np.maximum(shown[rows], 1e-12))).astype(np.float32)
+    chosen = torch.from_numpy(rows).to(weight.device)
+    logits = hidden @ torch.nn.functional.embedding(chosen, weight).T
+    logits = logits.float() + torch.from_numpy(raised).to(weight.device)
+    return torch.nn.functional.cross_entropy(logits, torch.searchsorted(chosen, labels), reduction="sum")
+
+# %% ../nbs/lib/08_train.ipynb #88f748bb
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train: `batch` sequences a step in all, `micro_batch` at once in one process; the rest as usual."""
+    """How to train: `batch` sequences a step in all, `micro_batch` at once in one process; the rest as usual.
+
+    `candidates`: output rows that a micro-batch looks at, on average, beside those of its targets; 0: all rows.
+    """
 
     steps: int
     batch: int
@@ -126,6 +167,7 @@ class TrainSettings:
     seed: int = 0
     checkpoint_every: int = 100
     dtype: str = "float32"
+    candidates: int = 0
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (from 0): linear warm-up, then a cosine down to `final_share`."""
@@ -189,6 +231,19 @@ def keep_memory() -> None:
         libc.mallopt(-2, 2**28)  # M_TOP_PAD
 
 
+def _shown(model: Any, packed: Packed, settings: TrainSettings, accelerator: Any) -> np.ndarray | None:
+    """Probability of each output row of being looked at, by its count in the packed text; None: all are."""
+    if not settings.candidates:
+        return None
+    if accelerator.num_processes > 1:
+        raise ShisaError(f"candidates={settings.candidates} needs one process, there are {accelerator.num_processes}; "
+                         "set candidates=0")
+    rows = len(model.get_output_embeddings().weight)
+    counts = np.bincount(packed.tokens, minlength=rows).astype(float)
+    counts[list(model.generation_config.suppress_tokens or [])] = -1  # padding rows have no probability
+    return inclusion(counts, settings.candidates)
+
+
 def save_checkpoint(folder: Path, step: int, log: list[dict[str, float]], accelerator: Any) -> None:
     """Write `step-000100` beside its place, hash its files, rename it, and drop all but the last two."""
     target, temporary = folder / f"step-{step:06d}", folder / f".step-{step:06d}"
@@ -220,10 +275,30 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _step(model: Any, packed: Packed, rows: np.ndarray, settings: TrainSettings, accelerator: Any) -> tuple[Any, int]:
+def _loss(model: Any, tensors: dict[str, Any], settings: TrainSettings, accelerator: Any, shown: np.ndarray | None,
+          draw: list[int]) -> Any:
+    """Summed cross entropy of a micro-batch: over all rows of the vocabulary, or over those of one draw."""
+    import torch
+
+    # use_cache=False: only then does SDPA keep packed documents apart by their positions
+    inputs = {"input_ids": tensors["input_ids"], "position_ids": tensors["position_ids"], "use_cache": False}
+    labels = tensors["labels"].flatten()
+    if shown is None:
+        logits = model(**inputs).logits
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels, ignore_index=IGNORE, reduction="sum")
+    inner = accelerator.unwrap_model(model)
+    with accelerator.autocast():
+        hidden = inner.base_model(**inputs).last_hidden_state.flatten(0, 1)
+        return sampled_cross_entropy(hidden, inner.get_output_embeddings().weight, labels, shown, draw)
+
+
+def _step(model: Any, packed: Packed, step: int, settings: TrainSettings, accelerator: Any,
+          shown: np.ndarray | None = None) -> tuple[Any, int]:
     """Forward and backward over a global batch; returns this process's summed loss and the target tokens of all."""
     import torch
 
+    rows = settings.rows(step, len(packed))
     world, rank, micro = accelerator.num_processes, accelerator.process_index, settings.micro_batch
     targets = int((packed.batch(rows)["labels"] != IGNORE).sum())
     summed = torch.zeros((), device=accelerator.device)
@@ -231,10 +306,7 @@ def _step(model: Any, packed: Packed, rows: np.ndarray, settings: TrainSettings,
         part = packed.batch(rows[at + rank * micro:at + (rank + 1) * micro])
         tensors = {name: torch.from_numpy(value).to(accelerator.device) for name, value in part.items()}
         with accelerator.accumulate(model):
-            # use_cache=False: only then does SDPA keep packed documents apart by their positions
-            logits = model(input_ids=tensors["input_ids"], position_ids=tensors["position_ids"], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), tensors["labels"].flatten(), ignore_index=IGNORE, reduction="sum")
+            loss = _loss(model, tensors, settings, accelerator, shown, [settings.seed, step, at])
             # accelerate divides by the micro-batches and averages over processes: a mean over all targets is wanted
             accelerator.backward(loss * (world * accelerator.gradient_accumulation_steps / targets))
             summed += loss.detach()
@@ -245,7 +317,8 @@ def train_lm(model: Any, packed: Packed, settings: TrainSettings, scratch: Path,
              progress: Callable[[str, float, float], None] | None = None, accelerator: Any = None) -> Trained:
     """Train a causal LM on packed documents, from the last complete checkpoint in `scratch` if there is one.
 
-    Loss: mean cross entropy (nats) over the targets of the global batch, whatever the micro-batch and the processes.
+    Loss: mean cross entropy (nats) over the targets of the global batch, whatever the micro-batch and the processes;
+    with `settings.candidates` its estimate from some of the output rows (`sampled_cross_entropy`), in one process.
     Logged by step: loss, learning rate, gradient norm, target tokens so far.
     """
     import torch
@@ -254,6 +327,7 @@ def train_lm(model: Any, packed: Packed, settings: TrainSettings, scratch: Path,
     torch.manual_seed(settings.seed)
     keep_memory()
     model.train()
+    shown = _shown(model, packed, settings, accelerator)
     wrapped, optimizer = accelerator.prepare(model, _optimizer(model, settings))
     log: list[dict[str, float]] = []
     if resume := last_checkpoint(scratch):
@@ -262,7 +336,7 @@ def train_lm(model: Any, packed: Packed, settings: TrainSettings, scratch: Path,
     for step in range(len(log), settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.rate(step)
-        summed, targets = _step(wrapped, packed, settings.rows(step, len(packed)), settings, accelerator)
+        summed, targets = _step(wrapped, packed, step, settings, accelerator, shown)
         norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -201,6 +201,70 @@ def test_a_base_is_fetched_from_a_folder_laid_out_like_the_hub(tmp_path, tokeniz
         fetch(str(tmp_path / "empty"), "main", tmp_path / "other")
 
 
+# ---- a softmax over some of the rows
+
+@given(st.lists(st.integers(-1, 50), min_size=2, max_size=80).filter(lambda counts: max(counts) >= 0), st.integers(1, 100))
+def test_rows_are_drawn_as_often_as_they_are_frequent(counts, candidates):
+    from shisa.train import inclusion
+
+    shown, there = inclusion(np.array(counts), candidates), sum(count >= 0 for count in counts)
+    assert shown.sum() == pytest.approx(min(candidates, there)) and 0 <= shown.min() and shown.max() <= 1
+    assert all((chance == 0) == (count < 0) for chance, count in zip(shown, counts, strict=True))
+    order = np.argsort(counts, kind="stable")
+    assert (np.diff(shown[order]) >= -1e-12).all()
+
+
+@given(st.integers(2, 40), st.integers(1, 20), st.integers(0, 2**31 - 1))
+def test_looking_at_every_row_is_the_plain_loss(rows, tokens, seed):
+    import torch
+    from shisa.train import inclusion, sampled_cross_entropy
+
+    draw = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(tokens, 8, generator=draw), torch.randn(rows, 8, generator=draw)
+    labels = torch.randint(0, rows, (tokens,), generator=draw)
+    labels[::3] = IGNORE
+    plain = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE, reduction="sum")
+    every = sampled_cross_entropy(hidden, weight, labels, inclusion(np.arange(rows), rows), [seed])
+    assert torch.isclose(plain, every, atol=1e-4)
+
+
+def test_the_sum_over_drawn_rows_is_right_on_average():
+    import torch
+    from shisa.train import inclusion, sampled_cross_entropy
+
+    hidden, weight = torch.randn(61, 8, generator=torch.Generator().manual_seed(0)).split([1, 60])
+    label, shown = torch.tensor([7]), inclusion(np.arange(60), 20)
+    logits = (hidden @ weight.T)[0]
+    sums = [float((sampled_cross_entropy(hidden, weight, label, shown, [i]) + logits[7]).exp()) for i in range(4000)]
+    assert np.mean(sums) == pytest.approx(float(logits.exp().sum()), rel=0.05)
+
+
+def test_some_of_the_rows_train_and_resume_and_leave_padding_alone(spec, tmp_path):
+    from shisa.base import new_model
+    from shisa.train import TrainSettings, mask_padding, train_lm
+
+    packed = Packed.load(Path(spec["packed"]))
+    plan = TrainSettings(**{**spec["settings"], "candidates": 500})
+
+    def trained(folder: str):
+        return train_lm(mask_padding(new_model(32_064, 8, 1, 2, 64, 0), list(range(32_000, 32_064))), packed, plan, tmp_path / folder)
+
+    before = new_model(32_064, 8, 1, 2, 64, 0).state_dict()["lm_head.weight"]
+    whole, again = trained("a"), trained("a")  # the second goes on from step 9
+    after = whole.state["lm_head.weight"]
+    assert whole.steps.equals(again.steps) and after.equal(again.state["lm_head.weight"])
+    assert whole.steps["loss"][-1] < whole.steps["loss"][0] - 0.3
+    assert after[32_000:].equal(before[32_000:]) and not after[:32_000].equal(before[:32_000])
+
+
+def test_some_of_the_rows_want_one_process(spec, tmp_path):
+    from shisa.launch import launch
+
+    _, config = placed({**spec, "settings": {**spec["settings"], "micro_batch": 1, "candidates": 500}}, tmp_path / "two")
+    with pytest.raises(ShisaError, match="candidates=500 needs one process, there are 2"):
+        launch("shisa.pretrain", config, processes=2, say=lambda text: None)
+
+
 # ---- killed and launched: the stage's own function in processes of its own
 
 @pytest.fixture(autouse=True)
