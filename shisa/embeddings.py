@@ -12,21 +12,17 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from .base import spm_proto
 from .config import ShisaError, StageConfig, identity, numeric
 from .packing import bits_per_byte, encode_texts, heldout_windows, padding_ids
+from .pieces import NORMAL, spm_processor, spm_proto, strip_padding
 from .stage import Artifact, Stage, Work
-from .tokenizer import NORMAL, spm_processor, strip_padding
 from .train import device, load_model, load_tokenizer, mask_padding, save_model
 
 # %% ../nbs/23_embeddings.ipynb #dbc91c1d
 def subtokens(base: Any, extended: Any) -> list[list[int]]:
     """Base ids of each new piece, in the order of the extended model's ids; both are SentencePiece protos."""
-    bare = type(base)()
-    bare.CopyFrom(base)
-    bare.normalizer_spec.add_dummy_prefix = False
     pieces = [piece.piece for piece in extended.pieces[len(strip_padding(base).pieces) :] if piece.type == NORMAL]
-    return spm_processor(bare).encode([piece.replace("▁", " ") for piece in pieces])
+    return spm_processor(base, dummy_prefix=False).encode([piece.replace("▁", " ") for piece in pieces])
 
 # %% ../nbs/23_embeddings.ipynb #416320a4
 def mean_rows(weight: Any, groups: list[list[int]]) -> Any:

@@ -13,9 +13,10 @@ from typing import Any
 
 import polars as pl
 from .config import StageConfig, file_sha256, identity
+from .pieces import KANA, jis_kanji
 from .sample import data_folder
 from .stage import Artifact, Stage, Work
-from .tokenizer import KANA, jis_kanji, with_domain
+from .tokenizer import with_domain
 
 # %% ../nbs/22_tokenizer_report.ipynb #83e13ed1
 Pieces = Callable[[list[str]], list[list[str]]]

@@ -8,22 +8,29 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shisa.base import base_tokenizer, save_spm_tokenizer, spm_proto
+from shisa.base import base_tokenizer, save_spm_tokenizer
 from shisa.config import ShisaError
-from shisa.sample import documents
-from shisa.tokenizer import (
+from shisa.pieces import (
     JAPANESE,
+    MASS,
     NORMAL,
+    WordList,
+    add_words,
     allowed,
     append_pieces,
-    balanced_lines,
-    encode_fast,
-    extend,
+    model_words,
     new_characters,
-    prove,
+    pad_pieces,
+    spans_of,
     spm_processor,
+    spm_proto,
     strip_padding,
+    unreachable,
+    weigh,
 )
+from shisa.proof import encode_fast, in_vocabulary_order, other_ids, prove
+from shisa.sample import documents
+from shisa.tokenizer import extend, open_base, texts_by_domain, without_scaffolding, word_lists
 
 NEW = 1200
 CHARACTERS = st.one_of(
@@ -58,25 +65,25 @@ TEXTS = st.one_of(
 FAST = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def make(folder: Path, lines: list[str]) -> Path:
+def make(folder: Path, texts: dict[str, list[str]], **options) -> Path:
     base_tokenizer(folder / "base")
-    extended = extend(spm_proto(folder / "base" / "tokenizer.model"), lines, NEW)
+    extended = extend(open_base(folder / "base"), texts, 32_000 + NEW, **options)
     (folder / "spm.model").write_bytes(extended.SerializeToString(deterministic=True))
     save_spm_tokenizer(folder / "spm.model", folder / "tokenizer")
     return folder
 
 
 @pytest.fixture(scope="session")
-def lines():
+def texts():
     rows = [
         {"id": d["id"], "text": d["ja"], "source": "sample", "meta": '{"kind": "%s"}' % d["kind"]} for d in documents()
     ]
-    return balanced_lines(pl.DataFrame(rows), cap=100_000, seed=0)
+    return texts_by_domain(pl.DataFrame(rows), cap=100_000, seed=0)
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory, lines):
-    return make(tmp_path_factory.mktemp("first"), lines)
+def made(tmp_path_factory, texts):
+    return make(tmp_path_factory.mktemp("first"), texts)
 
 
 @pytest.fixture(scope="session")
@@ -144,8 +151,8 @@ def test_pad_is_not_eos(fast):
     assert fast.pad_token == "<|extra_0|>" and fast.pad_token_id not in (fast.eos_token_id, fast.bos_token_id)
 
 
-def test_rebuilt_elsewhere_it_has_the_same_bytes(made, lines, tmp_path):
-    again = make(tmp_path / "another folder", lines)
+def test_rebuilt_elsewhere_it_has_the_same_bytes(made, texts, tmp_path):
+    again = make(tmp_path / "another folder", {name: texts[name][::-1] for name in reversed(texts)})
     files = sorted(p.name for p in (made / "tokenizer").iterdir())
     assert "tokenizer.json" in files and files == sorted(p.name for p in (again / "tokenizer").iterdir())
     for name in files:
@@ -157,9 +164,7 @@ def test_no_path_in_the_model(made, tmp_path_factory):
     assert str(made).encode() not in data and b"/mnt/" not in data
 
 
-def test_a_padded_base_gives_the_same_extension(base, lines):
-    from shisa.base import pad_pieces
-
+def test_a_padded_base_gives_the_same_extension(base):
     padded = type(base)()
     padded.CopyFrom(base)
     pad_pieces(padded)
@@ -168,18 +173,116 @@ def test_a_padded_base_gives_the_same_extension(base, lines):
     assert list(one.pieces) == list(two.pieces)
 
 
-def test_characters_come_before_merges(made, lines, base):
+def test_characters_come_before_merges(made, texts, base):
     added = [p.piece for p in spm_proto(made / "tokenizer" / "tokenizer.model").pieces[32_000:] if p.type == NORMAL]
-    singles = new_characters(lines, {p.piece for p in base.pieces}, 1)
+    spans = [spans_of(rows) for rows in texts.values()]
+    singles = new_characters(spans, {p.piece for p in base.pieces}, 1)
     assert added[: len(singles)] == singles and all(len(piece) > 1 for piece in added[len(singles) :])
 
 
-@pytest.mark.parametrize("piece", ["", "▁", "Rustの", "10円", "１月", "“あ”", "―", "……", "〜", "あ▁い", "–", "no"])
+@pytest.mark.parametrize("options", [{"method": "appended"}, {"prune": True}, {"characters": "kana+jis1"}, {"max_length": 3}])
+def test_every_option_gives_a_safe_tokenizer(made, texts, base, tmp_path, options):
+    few = dict(list(texts.items())[:4])
+    size = 32_000 + (3_400 if "characters" in options else 500)
+    model = tmp_path / "spm.model"
+    model.write_bytes(extend(base, few, size, **options).SerializeToString())
+    save_spm_tokenizer(model, tmp_path / "tokenizer")
+    lines = [line for rows in texts.values() for text in rows for line in text.split("\n")][:500]
+    english = [line for d in documents() for line in d["en"].split("\n")][:500]
+    proof = prove(base, tmp_path / "tokenizer", lines, english, heldout=lines[:5])
+    assert proof["holds"] and 0 < proof["heldout"]["pieces never used"] <= size - 32_000
+    if options.get("max_length"):
+        assert max(len(piece.piece) for piece in spm_proto(model).pieces[32_000:size]) <= 12
+
+
+def test_what_cannot_be_extended_is_one_clear_line(base, texts, tmp_path):
+    import sentencepiece
+
+    (tmp_path / "text.txt").write_text("\n".join(text for rows in texts.values() for text in rows), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "unigram"), vocab_size=2500, model_type="unigram",
+        hard_vocab_limit=False, minloglevel=2)
+    (tmp_path / "bytes").mkdir()
+    (tmp_path / "bytes" / "tokenizer.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for path, line in (
+        (tmp_path / "unigram.model", "unigram model"),
+        (tmp_path / "bytes", "byte-level"),
+        (tmp_path / "empty", "no tokenizer"),
+        (tmp_path / "text.txt", "is no SentencePiece model"),
+    ):
+        with pytest.raises(ShisaError, match=line) as caught:
+            open_base(path)
+        assert "\n" not in str(caught.value)
+    for rows, size, line in (
+        ([], 33_000, "no Japanese"),
+        (["plain English", ""], 33_000, "no Japanese"),
+        (["日本語です。"], 31_000, "not above the base's 32,000"),
+        (["日本語です。"], 32_000, "not above the base's 32,000"),
+    ):
+        with pytest.raises(ShisaError, match=line) as caught:
+            extend(base, rows, size)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ShisaError, match="unknown word list 'kotoba'"):
+        word_lists({"kotoba": 1.0})
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.lists(TEXTS, max_size=4), min_size=1), st.floats(0, 1))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_spans_are_what_a_piece_may_hold_and_their_weights_add_up(texts, balance):
+    spans = {name: spans_of(rows) for name, rows in texts.items()}
+    assert all(allowed(span) for found in spans.values() for span in found)
+    for name, rows in texts.items():
+        japanese = sum(len("".join(JAPANESE.findall(text))) for text in rows)
+        assert sum(len("".join(JAPANESE.findall(span))) * count for span, count in spans[name].items()) <= japanese
+    weights = weigh(spans, balance)
+    mass = sum(len(span) * weight for span, weight in weights.items())
+    assert not any(spans.values()) and not weights or abs(mass - MASS) < 1e-3 * MASS
+    assert list(weights.items()) == list(weigh(dict(reversed(spans.items())), balance).items())
+
+
+def test_words_from_outside_are_learnt_and_named(base, texts, tmp_path):
+    words = WordList("schools", "this test", "CC0-1.0", {"国語日本書会": 5.0, "日記国": 1.0}, share=0.2)
+    plain, extended = (spm_processor(extend(base, texts, 34_400, words=each)) for each in ([], [words]))
+    assert len(extended.encode("国語日本書会")) <= 2 < len(plain.encode("国語日本書会"))
+    assert words.facts() == {"name": "schools", "source": "this test", "licence": "CC0-1.0", "share": 0.2, "words": 2}
+    (tmp_path / "spm.model").write_bytes(extended.serialized_model_proto())
+    ranked = model_words(tmp_path / "spm.model", 0.1, "itself", "here", "MIT").weights
+    assert list(ranked.values()) == sorted(ranked.values(), reverse=True) and all(map(allowed, ranked))
+    heavier = add_words(weigh({"a": spans_of(["雨です。"])}, 1.0), [words])
+    assert heavier["国語日本書会"] > heavier["日記国"] > 0
+
+
+def test_scaffolding_goes_and_what_others_need_stays(base):
+    pieces = [*"螺鈿蒔絵", "螺鈿", "蒔絵", "鈿蒔", "螺鈿蒔", "螺鈿蒔絵"]
+    weights = {"螺鈿蒔絵": 1000, "螺鈿": 10, "蒔絵": 10}
+    kept = without_scaffolding(base, pieces, weights)
+    assert "螺鈿蒔絵" in kept and "鈿蒔" not in kept and set("螺鈿蒔絵") <= set(kept)
+    assert not unreachable(append_pieces(base, kept), 32_000)
+
+
+def test_shisas_own_way_changes_english(made, old):
+    twin = in_vocabulary_order(made / "tokenizer")
+    lines = [line for d in documents() for line in d["en"].split("\n")]
+    found = [row.ids for row in twin.encode_batch(lines, add_special_tokens=False)]
+    assert sum(a != b for a, b in zip(found, old.encode(lines))) > 0
+
+
+def test_another_environment_is_asked(made, fast):
+    import sys
+
+    lines = ["今日は雨です。", "plain </s> text"]
+    assert other_ids(sys.executable, made / "tokenizer", lines) == encode_fast(fast, lines)
+    with pytest.raises(ShisaError, match="could not load"):
+        other_ids(sys.executable, made, lines)
+
+
+@pytest.mark.parametrize("piece", ["", "▁", "Rustの", "10円", "１月", "“あ”", "―", "……", "〜", "あ-い", "–", "no", "()", "㉑日"])
 def test_what_may_not_be_added(piece):
     assert not allowed(piece)
 
 
-@pytest.mark.parametrize("piece", ["漢", "です。", "▁日本", "カー", "々", "𠮷", "」と", "三日"])
+@pytest.mark.parametrize("piece", ["漢", "です。", "▁日本", "カー", "々", "𠮷", "」と", "三日", "`を", ")は▁"])
 def test_what_may_be_added(piece):
     assert allowed(piece)
     assert unicodedata.category(piece[-1]) != "Nd"
@@ -187,12 +290,10 @@ def test_what_may_be_added(piece):
 
 def test_too_many_pieces_for_the_text_is_one_clear_line(base):
     with pytest.raises(ShisaError, match="lower new_pieces"):
-        extend(base, ["短い文です。", "もう一つ。"] * 3, 50_000)
+        extend(base, ["短い文です。", "もう一つ。"] * 3, 82_000)
 
 
 def test_the_proof_finds_a_piece_that_changes_english(made, base, tmp_path):
-    from shisa.base import pad_pieces
-
     wrong = append_pieces(base, ["漢字を", "▁educationof", "ationof"])
     pad_pieces(wrong)
     (tmp_path / "spm.model").write_bytes(wrong.SerializeToString())
@@ -201,15 +302,15 @@ def test_the_proof_finds_a_piece_that_changes_english(made, base, tmp_path):
         prove(base, tmp_path / "tokenizer", ["漢字を書く"], ["the nationof people"])
 
 
-def test_domains_are_balanced_and_heldout_is_a_matter_of_the_split():
+def test_domains_give_whole_documents_up_to_a_cap():
     rows = [
         {"id": f"{s}{i}", "text": "あ" * 100, "source": s, "meta": "{}"}
         for s, n in (("a", 50), ("b", 3))
         for i in range(n)
     ]
-    lines = balanced_lines(pl.DataFrame(rows), cap=500, seed=1)
-    assert len(lines) == 5 + 3
-    assert lines == balanced_lines(pl.DataFrame(rows[::-1]), cap=500, seed=1)
+    found = texts_by_domain(pl.DataFrame(rows), cap=450, seed=1)
+    assert {name: len(texts) for name, texts in found.items()} == {"a": 5, "b": 3}
+    assert found == texts_by_domain(pl.DataFrame(rows[::-1]), cap=450, seed=1)
 
 
 def test_new_rows_are_means_at_the_input_and_zero_for_padding(made, base, fast):
