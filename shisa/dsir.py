@@ -22,7 +22,7 @@ from .text import ngram_hashes, normalise
 def features(text: str, longest: int = 3, buckets: int = 10_000) -> np.ndarray:
     """Bucket numbers (int64) of all character n-grams of the normalised text, n from 1 to `longest`."""
     plain = normalise(text)
-    return np.concatenate([ngram_hashes(plain, n, buckets) for n in range(1, longest + 1)]).astype(np.int64)
+    return np.concatenate([ngram_hashes(plain, n) % np.uint64(buckets) for n in range(1, longest + 1)]).astype(np.int64)
 
 
 def log_distribution(counts: np.ndarray, smoothing: float) -> np.ndarray:

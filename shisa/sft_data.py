@@ -18,7 +18,8 @@ from .config import StageConfig, file_sha256, identity, markdown_table
 from .evalsets import data_fingerprint, evaluation_texts
 from .sample import data_folder, family, sample_file
 from .stage import Artifact, Stage, Work, need, run_stage
-from .text import contaminated, normalise
+from .split import contaminated
+from .text import normalise
 
 # %% ../nbs/43_sft_data.ipynb #1c26187b
 def rank(id: str, seed: int) -> float:
