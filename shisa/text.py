@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCRIPTS', 'CHARACTER_RANGES', 'BYTE_ALPHABET', 'KEYS', 'MIX', 'SHIFT', 'codepoints', 'script_shares', 'has_cjk',
-           'in_ranges', 'readable_bytes', 'normalise', 'letters', 'compiled', 'utf8', 'fold', 'script_counts',
-           'gram_hashes', 'ngram_hashes', 'read_text_lines']
+           'in_ranges', 'readable_bytes', 'normalise', 'letters', 'compiled', 'utf8', 'fold', 'row_blocks',
+           'script_counts', 'gram_hashes', 'ngram_hashes', 'read_text_lines']
 
 # %% ../nbs/lib/02_text.ipynb #a13a53c1
 import gzip
@@ -221,6 +221,15 @@ def fold(texts: pl.Series) -> tuple[np.ndarray, np.ndarray]:
         sizes[row] = text.size
         parts += [text, codes[starts[row] : starts[after]]]
     return np.concatenate([[0], np.cumsum(sizes)]), np.concatenate(parts)
+
+
+def row_blocks(starts: np.ndarray, size: int = 1 << 19) -> Iterator[tuple[int, int]]:
+    """Ranges of rows (first, end) of about `size` units each, at least one row: what fits a processor's cache."""
+    first, rows = 0, starts.size - 1
+    while first < rows:
+        end = max(int(np.searchsorted(starts, starts[first] + size, "right")) - 1, first + 1)
+        yield first, end
+        first = end
 
 
 def _script_kernel(offsets, data, table, counts):
