@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from xxhash import xxh3_128_digest
 from .config import identity, markdown_table
 from .stage import Artifact, ShardConfig, Stage, Work, need, reject_frame, run_stage, write_shard
-from .text import KEYS, MIX, SHIFT, codepoints, compiled, fold, gram_hashes, ngram_hashes, normalise, row_blocks
+from .text import KEYS, MIX, SHIFT, codepoints, compiled, fold, folded_blocks, gram_hashes, ngram_hashes, normalise
 
 # %% ../nbs/12_dedup.ipynb #4e112ceb
 class Config(ShardConfig):
@@ -46,7 +46,7 @@ def config(profile: str) -> Config:
 def _sign_kernel(starts, codes, hashes, size, keys, mix, signatures):
     empty, places, shift = np.uint32(0xFFFFFFFF), np.uint64(signatures.shape[1]), np.uint64(32)
     for row in range(starts.size - 1):
-        begin, end, signature = starts[row] - starts[0], starts[row + 1] - starts[0], signatures[row]
+        begin, end, signature = starts[row], starts[row + 1], signatures[row]
         signature[:] = empty
         if begin == end:
             continue
@@ -73,10 +73,7 @@ def _sign_kernel(starts, codes, hashes, size, keys, mix, signatures):
 def sign(starts: np.ndarray, codes: np.ndarray, config: Config) -> np.ndarray:
     """The signatures (uint32 [n, places]) of folded texts (`shisa.text.fold`); an empty text gets the largest number."""
     signatures = np.empty((starts.size - 1, config.places), np.uint32)
-    for first, end in row_blocks(starts):
-        part = codes[starts[first] : starts[end]]
-        hashes = gram_hashes(part, config.shingle)
-        compiled(_sign_kernel)(starts[first : end + 1], part, hashes, config.shingle, KEYS, MIX, signatures[first:end])
+    compiled(_sign_kernel)(starts, codes, gram_hashes(codes, config.shingle), config.shingle, KEYS, MIX, signatures)
     return signatures
 
 # %% ../nbs/12_dedup.ipynb #f06e9c3c
@@ -190,12 +187,16 @@ def near_duplicates(texts: Sequence[str], config: Config) -> tuple[list[int], li
 def sign_shard(shard: Path, folder: Path, config: Config) -> dict[str, Any]:
     """Pass 1: keys-NNNNN.npy, digests, and what the survivors' rule asks, of one shard."""
     frame = pl.read_parquet(shard, columns=["id", "text", "source", "meta"])
-    starts, codes = fold(frame["text"])
-    signatures = sign(starts, codes, config)
-    keys = np.concatenate([digests(starts, codes).T, band_keys(signatures, config.rows), band_keys(signatures, config.group_rows)])
-    keep_array(folder / f"keys-{shard.stem}.npy", keys)
+    signatures, own = [], []
+    for _, starts, codes in folded_blocks(frame["text"]):
+        own.append(digests(starts, codes))
+        signatures.append(sign(starts, codes, config))
+    signatures = np.concatenate([*signatures, np.empty((0, config.places), np.uint32)])
+    halves = np.concatenate([*own, np.empty((0, 2), np.uint64)]).T
+    keys = [halves, *(band_keys(signatures, rows) for rows in (config.rows, config.group_rows))]
+    keep_array(folder / f"keys-{shard.stem}.npy", np.concatenate(keys))
     facts = frame.select("id", characters=pl.col("text").str.len_chars(), paired=pl.col("meta").str.json_path_match("$.pair").is_not_null())
-    write_shard(facts.with_columns(length=pl.Series(np.diff(starts))), folder / f"facts-{shard.stem}.parquet")
+    write_shard(facts, folder / f"facts-{shard.stem}.parquet")
     return {"rows": frame.height, "by_source": dict(frame.group_by("source").len().sort("source").iter_rows())}
 
 
@@ -277,8 +278,9 @@ def shard_sets(shard: Path, folder: Path, bases: dict[str, int], config: Config)
     texts = pl.read_parquet(shard, columns=["text"])["text"]
     used, base = np.load(folder / "used.npy", mmap_mode="r"), bases[shard.stem]
     first, end = np.searchsorted(used, [base, base + len(texts)])
-    starts, codes = fold(texts.gather(np.asarray(used[first:end]) - base))
-    sets = [shingle_set(codes[a:b], config.shingle) for a, b in zip(starts.tolist(), starts[1:].tolist(), strict=False)]
+    sets = []
+    for _, starts, codes in folded_blocks(texts.gather(np.asarray(used[first:end]) - base)):
+        sets += [shingle_set(codes[a:b], config.shingle) for a, b in zip(starts.tolist(), starts[1:].tolist(), strict=False)]
     keep_array(folder / f"sets-{shard.stem}.npy", np.concatenate([*sets, np.empty(0, np.uint32)]))
     keep_array(folder / f"sizes-{shard.stem}.npy", np.array([members.size for members in sets], np.int64))
     return {"sets": len(sets)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCRIPTS', 'CHARACTER_RANGES', 'BYTE_ALPHABET', 'KEYS', 'MIX', 'SHIFT', 'codepoints', 'script_shares', 'has_cjk',
-           'in_ranges', 'readable_bytes', 'normalise', 'letters', 'compiled', 'utf8', 'fold', 'row_blocks',
+           'in_ranges', 'readable_bytes', 'normalise', 'letters', 'compiled', 'utf8', 'fold', 'folded_blocks',
            'script_counts', 'gram_hashes', 'ngram_hashes', 'read_text_lines']
 
 # %% ../nbs/lib/02_text.ipynb #a13a53c1
@@ -168,6 +168,7 @@ def _fold_kernel(offsets, data, table, many, starts, codes, complex_rows):
     space, low = np.uint32(32), np.uint32(63)  # are not tested for being negative
     for row in range(offsets.size - 1):
         at, end, first, simple = np.uint64(offsets[row]), np.uint64(offsets[row + 1]), at_end, True
+        last = space  # a space after nothing or after a space does not count
         while at < end:
             code = np.uint32(data[at])
             if code < np.uint32(0x80):
@@ -184,24 +185,21 @@ def _fold_kernel(offsets, data, table, many, starts, codes, complex_rows):
                         | (np.uint32(data[at + two]) & low) << np.uint32(6) | np.uint32(data[at + three]) & low)
                 at += four
             folded = table[np.uint64(code)]
-            if folded == space:
-                if at_end > first and codes[at_end - one] != space:
-                    codes[at_end] = space
-                    at_end += one
-            elif folded < np.uint32(_MANY):
+            if folded < np.uint32(_MANY):
                 codes[at_end] = folded
-                at_end += one
+                at_end += np.uint64((folded != space) | (last != space))
+                last = folded
             elif folded == np.uint32(_COMPLEX):
                 simple = False
                 break
             else:
                 begin = (folded & np.uint32(0x7FFFFFFF)) >> np.uint32(8)
                 for place in range(begin, begin + (folded & np.uint32(255))):
-                    codes[at_end] = many[place]
+                    codes[at_end] = last = many[place]
                     at_end += one
         if not simple:
             complex_rows[row], at_end = True, first
-        elif at_end > first and codes[at_end - one] == space:
+        elif at_end > first and last == space:
             at_end -= one
         starts[row + 1] = at_end
 
@@ -210,7 +208,7 @@ def fold(texts: pl.Series) -> tuple[np.ndarray, np.ndarray]:
     """`normalise` of every text of a column, exactly: starts (int64 [n + 1]) and code points (uint32) in one array."""
     offsets, data = utf8(texts)
     starts, odd = np.zeros(offsets.size, np.int64), np.zeros(offsets.size - 1, np.bool_)
-    codes = np.empty(2 * int(offsets[-1] - offsets[0]), np.uint32)  # no character becomes more than two a byte
+    codes = np.empty(2 * int(offsets[-1] - offsets[0]) + 1, np.uint32)  # no character becomes more than two a byte
     compiled(_fold_kernel)(offsets, data, *_fold_table(), starts, codes, odd)
     rows = np.flatnonzero(odd)
     if rows.size == 0:
@@ -223,12 +221,12 @@ def fold(texts: pl.Series) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([[0], np.cumsum(sizes)]), np.concatenate(parts)
 
 
-def row_blocks(starts: np.ndarray, size: int = 1 << 19) -> Iterator[tuple[int, int]]:
-    """Ranges of rows (first, end) of about `size` units each, at least one row: what fits a processor's cache."""
-    first, rows = 0, starts.size - 1
-    while first < rows:
-        end = max(int(np.searchsorted(starts, starts[first] + size, "right")) - 1, first + 1)
-        yield first, end
+def folded_blocks(texts: pl.Series, size: int = 1 << 20) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """`fold` by blocks of rows of about `size` bytes, which fit a processor's cache: (first row, starts, code points)."""
+    ends, first = texts.str.len_bytes().cast(pl.Int64).cum_sum().to_numpy(), 0
+    while first < len(texts):
+        end = max(int(np.searchsorted(ends, (ends[first - 1] if first else 0) + size, "right")), first + 1)
+        yield first, *fold(texts.slice(first, end - first))
         first = end
 
 
@@ -274,7 +272,9 @@ MIX, SHIFT = np.uint64(0xFF51AFD7ED558CCD), np.uint64(32)
 def _ngram_kernel(codes, keys, hashes):
     for begin in range(0, hashes.size, 1024):  # a block stays in the cache
         part = hashes[begin : begin + 1024]
-        for place in range(keys.size):
+        for at in range(part.size):
+            part[at] = np.uint64(codes[begin + at]) * keys[0]
+        for place in range(1, keys.size):
             units, key = codes[begin + place : begin + place + part.size], keys[place]
             for at in range(part.size):
                 part[at] += np.uint64(units[at]) * key
@@ -285,7 +285,7 @@ def _ngram_kernel(codes, keys, hashes):
 
 def gram_hashes(codes: np.ndarray, n: int) -> np.ndarray:
     """One uint64 hash per run of n units (uint32), in order: none where there are fewer."""
-    hashes = np.zeros(max(codes.size - n + 1, 0), np.uint64)
+    hashes = np.empty(max(codes.size - n + 1, 0), np.uint64)
     compiled(_ngram_kernel)(codes, KEYS[:n], hashes)
     return hashes
 
