@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_LINE', 'DOMAIN', 'STAGE', 'Evidence', 'Benchmarks', 'contaminated', 'group_ids', 'line_hashes', 'hold_out',
            'Config', 'config', 'benchmark_folder', 'external', 'benchmark_index', 'clean_shard', 'rows_of',
-           'offered_lines', 'find_lines', 'write_split', 'decide', 'choose', 'run', 'plot', 'with_domain',
-           'texts_by_domain']
+           'offered_lines', 'keep_wanted', 'find_lines', 'write_split', 'decide', 'choose', 'run', 'plot']
 
 # %% ../nbs/14_split.ipynb #3230bf33
 import json
@@ -68,8 +67,8 @@ class Benchmarks:
         flat = np.concatenate([*hashes, np.empty(0, np.uint64)])
         order = np.argsort(flat, kind="stable")
         self.hashes, self.units = flat[order], np.repeat(np.arange(len(hashes)), self.sizes)[order]
-        self.bitmap = np.zeros(1 << 24, bool)
-        self.bitmap[flat >> np.uint64(40)] = True
+        self.bitmaps = np.zeros((2, 1 << 24), bool)
+        self.bitmaps[0][flat >> np.uint64(40)] = self.bitmaps[1][flat & np.uint64(0xFFFFFF)] = True
 
     def best(self, found: np.ndarray) -> tuple[str, float]:
         """The line with the largest share of its n-grams among the hashes found, as (item, share)."""
@@ -87,7 +86,8 @@ class Benchmarks:
             kept = _letter_table()[codes]
             ends, codes = np.concatenate([[0], np.cumsum(kept)])[starts], codes[kept]
             hashes = gram_hashes(codes, self.n)
-            places = np.flatnonzero(self.bitmap[hashes >> np.uint64(40)])
+            places = np.flatnonzero(self.bitmaps[0][hashes >> np.uint64(40)])
+            places = places[self.bitmaps[1][hashes[places] & np.uint64(0xFFFFFF)]]
             at = np.searchsorted(self.hashes, hashes[places])
             places = places[self.hashes[np.minimum(at, self.hashes.size - 1)] == hashes[places]] if self.hashes.size else places
             rows = np.searchsorted(ends, places, "right") - 1
@@ -159,6 +159,10 @@ def hold_out(members: dict[str, dict[str, int]], shared: dict[str, tuple[int, in
     names = sorted(members)
     order = [names[place] for place in np.argsort(uniform(names, config.seed), kind="stable")]
     rate = {group: some / max(lines, 1) for group, (some, lines) in shared.items()}
+    own: dict[str, list[str]] = {domain: [] for domain in total}
+    for group in order:
+        for domain in members[group]:
+            own[domain].append(group)
     taken, filled, leak = set(), dict.fromkeys(total, 0), np.zeros(2, np.int64)
 
     def take(offered: list[str], domain: str, enough: float, most: float) -> None:
@@ -176,7 +180,7 @@ def hold_out(members: dict[str, dict[str, int]], shared: dict[str, tuple[int, in
     for limit, enough in ((config.max_shared, 1.0), (1.0, 0.5)):
         # small domains first; then those with least so far, because what may leak is soon used up
         for domain in sorted(total, key=lambda name: (filled[name] / total[name], total[name], name)):
-            mine = [group for group in order if domain in members[group] and rate[group] <= limit]
+            mine = [group for group in own[domain] if rate[group] <= limit]
             mine = mine if limit < 1 else sorted(mine, key=rate.get)  # sorting is stable: ties keep the seeded order
             take(mine, domain, enough, 1.7)
             if not filled[domain] and len(mine) > 1:  # a domain of few long groups
@@ -257,30 +261,42 @@ def rows_of(number: int, scratch: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def offered_lines(number: int, scratch: Path) -> dict[str, int]:
-    """Pass 2: lines-NNNNN.parquet (group, random, hash) of the documents of one shard that are offered or random."""
+    """Pass 2: lines-NNNNN.parquet (group, offered, random, hash) of the documents of one shard that are offered or random."""
     frame, decided = rows_of(number, scratch)
     some = decided.with_row_index("row").filter(pl.col("offered") | pl.col("random"))
     rows, hashes = line_hashes(frame["text"].gather(some["row"]))
-    write_shard(some.select("group", "offered", "random")[rows].with_columns(hash=pl.Series(hashes)), scratch / f"lines-{number:05d}.parquet")
+    write_shard(some.drop("row")[rows].with_columns(hash=pl.Series(hashes)), scratch / f"lines-{number:05d}.parquet")
     return {"lines": hashes.size}
 
 
+def keep_wanted(lines: pl.DataFrame, scratch: Path) -> np.ndarray:
+    """The different lines of pass 2 (uint64, sorted), kept with the group that has each (−1 where several do)."""
+    wanted = lines.group_by("hash").agg(pl.col("group").min(), last=pl.col("group").max()).sort("hash")
+    owner = wanted.select(pl.when(pl.col("group") == pl.col("last")).then("group").otherwise(-1))["group"]
+    keep_array(scratch / "wanted.npy", wanted["hash"].to_numpy())
+    keep_array(scratch / "owner.npy", owner.to_numpy())
+    return wanted["hash"].to_numpy()
+
+
 def find_lines(number: int, scratch: Path) -> dict[str, int]:
-    """Pass 3: which offered lines stand in another group of one shard, and which random ones in a document that is not."""
+    """Pass 3: which of the wanted lines stand in another group of one shard (row 0), or in a document that is not random (1)."""
     frame, decided = rows_of(number, scratch)
-    wanted = pl.read_parquet(scratch / "wanted.parquet")
+    wanted, owner = np.load(scratch / "wanted.npy", mmap_mode="r"), np.load(scratch / "owner.npy", mmap_mode="r")
+    marks = np.zeros((2, wanted.size), bool)
     rows, hashes = line_hashes(frame["text"])
-    here = decided.select("group", "random")[rows].with_columns(hash=pl.Series(hashes, dtype=pl.UInt64)).unique()
-    found = here.join(wanted, on="hash", suffix="_owner")
-    for name, marked in (("shared", pl.col("group") != pl.col("group_owner")), ("leaked", ~pl.col("random"))):
-        keep_array(scratch / f"{name}-{number:05d}.npy", found.filter(marked)["hash"].unique().sort().to_numpy())
-    return {"found": found.height}
+    at = np.minimum(np.searchsorted(wanted, hashes), max(wanted.size - 1, 0))
+    hit = np.flatnonzero(wanted[at] == hashes) if wanted.size else np.empty(0, np.int64)
+    rows, at = rows[hit], at[hit]
+    marks[0][at[owner[at] != decided["group"].to_numpy()[rows]]] = True
+    marks[1][at[~decided["random"].to_numpy()[rows]]] = True
+    keep_array(scratch / f"marks-{number:05d}.npy", marks)
+    return {"found": hit.size}
 
 
 def write_split(number: int, out: Path, scratch: Path) -> dict[str, Any]:
     """Pass 4: train-NNNNN.parquet and heldout-NNNNN.parquet of one shard, and the held-out lines that stand in training."""
     frame, decided = rows_of(number, scratch)
-    held = decided.join(pl.read_parquet(scratch / "held.parquet"), on="group", how="left", maintain_order="left")["held"].fill_null(False)
+    held = pl.Series(np.isin(decided["group"], np.load(scratch / "held.npy")), dtype=pl.Boolean)
     parts = {"train": frame.filter(~held), "heldout": frame.filter(held)}
     for name, part in parts.items():
         write_shard(part, out / f"{name}-{number:05d}.parquet")
@@ -292,31 +308,31 @@ def write_split(number: int, out: Path, scratch: Path) -> dict[str, Any]:
 
 
 def decide(counts: list[int], work: Work, config: Config) -> pl.DataFrame:
-    """Pass 1's facts with group (the id of its first document), offered and random; each shard's part is kept in scratch."""
+    """Pass 1's facts with group (its first document's row), offered and random; each shard's part is kept in scratch."""
     facts = pl.concat([pl.read_parquet(work.scratch / f"facts-{number:05d}.parquet") for number in range(len(counts))])
     if facts.height < 2:
         raise ShisaError("fewer than two documents are left after decontamination; see the rejects, or add text")
     first = group_ids(facts["cluster"], facts["pair"])
-    facts = facts.with_columns(group=facts["id"].gather(first))
-    rate = max(config.offered / max(facts["size"].sum(), 1), 8 * config.share)
-    facts = facts.with_columns(offered=pl.Series(uniform(facts["group"], config.seed) < rate),
-                               random=pl.Series(uniform(facts["id"], config.seed) < config.share))
+    rate, noise = max(config.offered / max(facts["size"].sum(), 1), 8 * config.share), uniform(facts["id"], config.seed)
+    facts = facts.with_columns(group=pl.Series(first), offered=pl.Series(noise[first] < rate), random=pl.Series(noise < config.share))
     for number, (end, count) in enumerate(zip(np.cumsum(counts).tolist(), counts, strict=True)):
         write_shard(facts.slice(end - count, count).select("group", "offered", "random"), work.scratch / f"decided-{number:05d}.parquet")
     return facts
 
 
-def choose(facts: pl.DataFrame, lines: pl.DataFrame, shared: np.ndarray, config: Config) -> set[str]:
-    """The groups to hold out, from the offered groups' lines."""
+def choose(facts: pl.DataFrame, lines: pl.DataFrame, shared: np.ndarray, config: Config) -> list[int]:
+    """The groups to hold out, from the offered groups' lines; `shared`: line hashes that stand in more than one group."""
     table = facts.filter("offered").group_by("group", "domain").agg(pl.col("size").sum())
+    names = facts["id"].gather(table["group"])
     members: dict[str, dict[str, int]] = {}
-    for group, domain, size in table.iter_rows():
+    for group, domain, size in zip(names, table["domain"], table["size"], strict=True):
         members.setdefault(group, {})[domain] = size
-    marked = lines.filter("offered").with_columns(elsewhere=pl.Series(np.isin(lines.filter("offered")["hash"], shared)))
-    counts = marked.group_by("group").agg(pl.col("elsewhere").sum(), pl.len())
-    found = {group: (some, every) for group, some, every in counts.iter_rows()}
+    lines = lines.filter("offered")
+    counts = lines.with_columns(elsewhere=pl.Series(np.isin(lines["hash"], shared))).group_by("group").agg(pl.col("elsewhere").sum(), pl.len())
+    found = dict(zip(facts["id"].gather(counts["group"]), counts.select("elsewhere", "len").rows(), strict=True))
     total = dict(facts.group_by("domain").agg(pl.col("size").sum()).iter_rows())
-    return hold_out(members, {group: found.get(group, (0, 0)) for group in members}, total, config)
+    taken = hold_out(members, {group: found.get(group, (0, 0)) for group in members}, total, config)
+    return table["group"].filter(names.is_in(list(taken))).unique().sort().to_list()
 
 
 def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, Any]:
@@ -328,30 +344,29 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     cleaned = work.map_shards("clean", step, list(enumerate(shards)), config)
     facts = decide([fact["clean"] for fact in cleaned], work, config)
 
-    def gathered(name: str) -> np.ndarray:
-        return np.unique(np.concatenate([np.load(scratch / f"{name}-{number:05d}.npy") for number in numbers]))
-
     work.map_shards("lines", partial(offered_lines, scratch=scratch), numbers, config)
     lines = pl.concat([pl.read_parquet(scratch / f"lines-{number:05d}.parquet") for number in numbers])
-    write_shard(lines.select("hash", "group").unique().sort("hash", "group"), scratch / "wanted.parquet")
+    wanted = keep_wanted(lines, scratch)
     work.map_shards("find", partial(find_lines, scratch=scratch), numbers, config)
-    taken = choose(facts, lines, gathered("shared"), config)
-    held = facts.select(pl.col("group").unique().sort()).with_columns(held=pl.col("group").is_in(list(taken)))
-    if not 0 < held["held"].sum() < held.height:
-        raise ShisaError(f"{facts.height} documents in {held.height} groups cannot be split; add text")
-    write_shard(held, scratch / "held.parquet")
-    own = lines.filter(pl.col("group").is_in(list(taken)) & pl.col("offered"))["hash"].to_numpy()
+    shared, leaked = np.any([np.load(scratch / f"marks-{number:05d}.npy") for number in numbers], axis=0)
+    taken = choose(facts, lines, wanted[shared], config)
+    groups = facts["group"].n_unique()
+    if not 0 < len(taken) < groups:
+        raise ShisaError(f"{facts.height} documents in {groups} groups cannot be split; add text")
+    own = lines.filter(pl.col("group").is_in(taken) & pl.col("offered"))["hash"].to_numpy()
+    keep_array(scratch / "held.npy", np.array(taken))
     keep_array(scratch / "held-lines.npy", np.unique(own))
     written = work.map_shards("write", partial(write_split, out=work.path, scratch=scratch), numbers, config)
+    seen = np.concatenate([np.load(scratch / f"seen-{number:05d}.npy") for number in numbers])
     random = lines.filter("random")["hash"].to_numpy()
     removed = sum(fact["in"] for fact in cleaned) - facts.height
     work.balance(facts.height + removed, facts.height, {"contaminated": removed})
     items = sum((Counter(fact["items"]) for fact in cleaned), Counter())
     return {**{name: sum(fact["rows"][name] for fact in written) for name in ("train", "heldout")},
             "removed_by_decontamination": removed, "removed_by_benchmark": dict(sorted(items.items())),
-            "leak_share": float(np.isin(own, gathered("seen")).mean()) if own.size else 0.0,
-            "leak_share_random": float(np.isin(random, gathered("leaked")).mean()) if random.size else 0.0,
-            "groups": held.height, **_sizes(written)}
+            "leak_share": float(np.isin(own, seen).mean()) if own.size else 0.0,
+            "leak_share_random": float(np.isin(random, wanted[leaked]).mean()) if random.size else 0.0,
+            "groups": groups, **_sizes(written)}
 
 
 def _sizes(written: list[dict[str, Any]]) -> dict[str, Any]:
@@ -381,20 +396,3 @@ def plot(artifact: Artifact) -> Any:
     axes.tick_params(axis="y", labelsize=7)
     axes.legend()
     return figure
-
-# %% ../nbs/14_split.ipynb #91d06a0c
-def with_domain(documents: pl.DataFrame) -> pl.DataFrame:
-    """The documents with a column `domain`: the kind of text that `meta` names, else the source."""
-    kind = pl.col("meta").str.json_path_match("$.kind")
-    return documents.with_columns(domain=pl.coalesce(kind, pl.col("source")))
-
-
-def texts_by_domain(documents: pl.DataFrame, cap: int, seed: int) -> dict[str, list[str]]:
-    """Texts of each domain, about `cap` characters at most: whole documents in a seeded order."""
-    found: dict[str, list[str]] = {}
-    for (domain,), rows in sorted(with_domain(documents).sort("id").group_by("domain"), key=lambda group: group[0]):
-        order = np.random.default_rng(seed).permutation(len(rows))
-        lengths = rows["text"].str.len_chars().to_numpy()[order]
-        kept = order[: int(np.searchsorted(np.cumsum(lengths), cap)) + 1]
-        found[domain] = [rows["text"][int(row)] for row in kept]
-    return found

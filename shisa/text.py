@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCRIPTS', 'CHARACTER_RANGES', 'BYTE_ALPHABET', 'KEYS', 'MIX', 'SHIFT', 'codepoints', 'script_shares', 'has_cjk',
            'in_ranges', 'readable_bytes', 'normalise', 'letters', 'compiled', 'utf8', 'fold', 'folded_blocks',
-           'script_counts', 'gram_hashes', 'ngram_hashes', 'read_text_lines']
+           'script_counts', 'gram_hashes', 'ngram_hashes', 'with_domain', 'texts_by_domain', 'read_text_lines']
 
 # %% ../nbs/lib/02_text.ipynb #a13a53c1
 import gzip
@@ -295,6 +295,23 @@ def ngram_hashes(text: str, n: int) -> np.ndarray:
     return gram_hashes(codepoints(text), n)
 
 # %% ../nbs/lib/02_text.ipynb #45cf78bd
+def with_domain(documents: pl.DataFrame) -> pl.DataFrame:
+    """The documents with a column `domain`: the kind of text that `meta` names, else the source."""
+    kind = pl.col("meta").str.json_path_match("$.kind")
+    return documents.with_columns(domain=pl.coalesce(kind, pl.col("source")))
+
+
+def texts_by_domain(documents: pl.DataFrame, cap: int, seed: int) -> dict[str, list[str]]:
+    """Texts of each domain, about `cap` characters at most: whole documents in a seeded order."""
+    found: dict[str, list[str]] = {}
+    for (domain,), rows in sorted(with_domain(documents).sort("id").group_by("domain"), key=lambda group: group[0]):
+        order = np.random.default_rng(seed).permutation(len(rows))
+        lengths = rows["text"].str.len_chars().to_numpy()[order]
+        kept = order[: int(np.searchsorted(np.cumsum(lengths), cap)) + 1]
+        found[domain] = [rows["text"][int(row)] for row in kept]
+    return found
+
+# %% ../nbs/lib/02_text.ipynb #f700cfb2
 def _zst_blocks(path: Path) -> Iterator[bytes]:
     """The decompressed blocks of a zstd file; raises EOFError when its last frame is incomplete."""
     decompressor, ended = zstandard.ZstdDecompressor().decompressobj(), True

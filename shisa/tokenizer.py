@@ -25,7 +25,7 @@ from shisa.pieces import (
     weigh,
 )
 from .sample import data_folder
-from .split import texts_by_domain
+from .text import texts_by_domain
 from .stage import Artifact, Stage, Work
 from .train import quiet
 

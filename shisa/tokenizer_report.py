@@ -24,9 +24,8 @@ from .config import ShisaError, StageConfig, file_sha256, fingerprint, identity,
 from .evalsets import published_figures
 from .pieces import BYTE, jis_kanji, spm_processor, spm_proto
 from .sample import data_folder
-from .split import with_domain
 from .stage import Artifact, Stage, Work
-from .text import BYTE_ALPHABET, CHARACTER_RANGES, has_cjk, in_ranges, readable_bytes
+from .text import BYTE_ALPHABET, CHARACTER_RANGES, has_cjk, in_ranges, readable_bytes, with_domain
 from .train import quiet
 
 # %% ../nbs/22_tokenizer_report.ipynb #83e13ed1

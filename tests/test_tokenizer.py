@@ -25,7 +25,7 @@ from shisa.pieces import (
     weigh,
 )
 from shisa.sample import documents
-from shisa.split import texts_by_domain
+from shisa.text import texts_by_domain
 from shisa.tokenizer import (
     WordList,
     add_words,
