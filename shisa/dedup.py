@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +43,31 @@ def config(profile: str) -> Config:
     return Config(workers=64) if profile == "a100x16" else Config()
 
 # %% ../nbs/12_dedup.ipynb #db8dc998
-def _sign_kernel(starts, codes, hashes, size, keys, mix, signatures):
+def _sign_kernel(starts, codes, size, keys, mix, signatures):
     empty, places, shift = np.uint32(0xFFFFFFFF), np.uint64(signatures.shape[1]), np.uint64(32)
+    hashes = np.empty(1024, np.uint64)  # a block of n-grams stays in the cache
     for row in range(starts.size - 1):
-        begin, end, signature = starts[row], starts[row + 1], signatures[row]
-        signature[:] = empty
-        if begin == end:
+        text, signature = codes[starts[row] : starts[row + 1]], signatures[row]
+        signature[:], long = empty, min(size, text.size)  # a text that is shorter than an n-gram counts as one
+        if not long:
             continue
-        if end - begin < size:  # a text that is shorter than an n-gram counts as one
-            value = np.uint64(0)
-            for place in range(end - begin):
-                value += np.uint64(codes[begin + place]) * keys[place]
-            value = (value ^ (value >> shift)) * mix
-            signature[((value >> shift) * places) >> shift] = np.uint32(value)
-        for value in hashes[begin : end - size + 1]:
-            place, low = ((value >> shift) * places) >> shift, np.uint32(value)
-            if low < signature[place]:
-                signature[place] = low
+        for begin in range(0, text.size - long + 1, 1024):
+            count = min(1024, text.size - long + 1 - begin)
+            for at in range(count):
+                hashes[at] = np.uint64(text[begin + at]) * keys[0]
+            for place in range(1, long):
+                units, key = text[begin + place : begin + place + count], keys[place]
+                for at in range(count):
+                    hashes[at] += np.uint64(units[at]) * key
+            for at in range(count):
+                hashes[at] = (hashes[at] ^ (hashes[at] >> shift)) * mix
+            for value in hashes[:count]:
+                place, low = ((value >> shift) * places) >> shift, np.uint32(value ^ (value >> shift))
+                if low < signature[place]:
+                    signature[place] = low
         filled = signature != empty
         for place in range(signature.size):  # an empty bin borrows, always from the same other ones
-            value, other = np.uint64(place), np.uint64(place)
+            value = other = np.uint64(place)
             while not filled[other]:
                 value = (value + keys[0]) * mix
                 value ^= value >> shift
@@ -71,8 +77,7 @@ def _sign_kernel(starts, codes, hashes, size, keys, mix, signatures):
 
 def sign(starts: np.ndarray, codes: np.ndarray, config: Config) -> np.ndarray:
     """The signatures (uint32 [n, places]) of folded texts (`shisa.text.fold`); an empty text gets the largest number."""
-    signatures = np.empty((starts.size - 1, config.places), np.uint32)
-    compiled(_sign_kernel)(starts, codes, gram_hashes(codes, config.shingle), config.shingle, KEYS, MIX, signatures)
+    compiled(_sign_kernel)(starts, codes, config.shingle, KEYS, MIX, signatures := np.empty((starts.size - 1, config.places), np.uint32))
     return signatures
 
 # %% ../nbs/12_dedup.ipynb #f06e9c3c
@@ -138,8 +143,7 @@ def groups(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = np.unique(np.concatenate([ones, others]))
     links = coo_array((np.ones(ones.size, bool), (np.searchsorted(rows, ones), np.searchsorted(rows, others))), shape=(rows.size,) * 2)
     labels = connected_components(links, directed=False)[1] if rows.size else rows
-    _, first = np.unique(labels, return_index=True)  # rows ascend: the first of a label is the smallest
-    return rows, rows[first[labels]]
+    return rows, rows[np.unique(labels, return_index=True)[1][labels]]  # rows ascend: the first of a label is the smallest
 
 
 def groups_of(count: int, pairs: np.ndarray) -> list[int]:
@@ -158,8 +162,7 @@ def survivors(documents: pl.DataFrame) -> pl.DataFrame:
 # %% ../nbs/12_dedup.ipynb #27fd5bc3
 def digests(starts: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """XXH3-128 of every folded text, as uint64 [n, 2]."""
-    ends = starts.tolist()
-    found = b"".join(xxh3_128_digest(codes[first:end]) for first, end in zip(ends, ends[1:]))
+    found = b"".join(xxh3_128_digest(codes[first:end]) for first, end in pairwise(starts.tolist()))
     return np.frombuffer(found, np.uint64).reshape(-1, 2)
 
 
@@ -171,9 +174,8 @@ def exact_groups(texts: Sequence[str]) -> list[int]:
 
 def near_duplicates(texts: Sequence[str], config: Config) -> tuple[list[int], list[int]]:
     """For every text its group of near duplicates and its (looser) cluster, each named by its smallest row number."""
-    starts, codes = fold(pl.Series(texts, dtype=pl.String))
-    signatures, rows = sign(starts, codes, config), np.arange(len(texts))
-    found = [np.unique(np.concatenate([bucket_pairs(keys, rows) for keys in band_keys(signatures, places)]))
+    (starts, codes), rows = fold(pl.Series(texts, dtype=pl.String)), np.arange(len(texts))
+    found = [np.unique(np.concatenate([bucket_pairs(keys, rows) for keys in band_keys(sign(starts, codes, config), places)]))
              for places in (config.rows, config.group_rows)]
     used = np.unique(np.concatenate([part for pairs in found for part in unpack(pairs)]))
     sets = [shingle_set(codes[starts[row] : starts[row + 1]], config.shingle) for row in used]
@@ -262,8 +264,7 @@ def join(label: str, lines: tuple[int, int], signed: Signed, work: Work, config:
     step = max(ROWS_AT_ONCE // max(signed.rows, 1), 1)
     items = [(label, line, min(line + step, lines[1]), part, parts) for line in range(*lines, step) for part in range(parts)]
     work.map_shards(f"pairs {label}", partial(join_bands, folder=work.scratch, stems=signed.stems), items, config)
-    files = [work.scratch / f"pairs-{label}-{line}-{part}.npy" for _, line, _, part, _ in items]
-    return np.unique(np.concatenate([np.load(file) for file in files]))
+    return np.unique(np.concatenate([np.load(work.scratch / f"pairs-{label}-{line}-{part}.npy") for _, line, _, part, _ in items]))
 
 
 def shard_sets(shard: Path, folder: Path, bases: dict[str, int], config: Config) -> dict[str, int]:
@@ -273,7 +274,7 @@ def shard_sets(shard: Path, folder: Path, bases: dict[str, int], config: Config)
     first, end = np.searchsorted(used, [base, base + len(texts)])
     sets = []
     for _, starts, codes in folded_blocks(texts.gather(np.asarray(used[first:end]) - base)):
-        sets += [shingle_set(codes[a:b], config.shingle) for a, b in zip(starts.tolist(), starts[1:].tolist(), strict=False)]
+        sets += [shingle_set(codes[a:b], config.shingle) for a, b in pairwise(starts.tolist())]
     keep_array(folder / f"sets-{shard.stem}.npy", np.concatenate([*sets, np.empty(0, np.uint32)]))
     keep_array(folder / f"sizes-{shard.stem}.npy", np.array([members.size for members in sets], np.int64))
     return {"sets": len(sets)}
@@ -348,8 +349,8 @@ def judge(shards: list[Path], signed: Signed, work: Work, config: Config, gone: 
     rows, roots = groups(np.unique(np.concatenate([*holds.values()])))
     names = signed.facts(np.unique(roots)).select(root="row", cluster="id")
     clusters = pl.DataFrame({"row": rows, "root": roots}).join(names, on="root", how="left", maintain_order="left")
-    write_shard(fates, work.scratch / "fates.parquet")
-    write_shard(clusters.select("row", "cluster"), work.scratch / "clusters.parquet")
+    for name, table in (("fates", fates), ("clusters", clusters.select("row", "cluster"))):
+        write_shard(table, work.scratch / f"{name}.parquet")
     sizes, kept = clusters.join(fates, on="row", how="anti").group_by("root").len()["len"], signed.rows - fates.height
     return {"removed_exact": exact.height, "removed_near": near.height, "clusters": kept - int(sizes.sum()) + len(sizes),
             "clusters_of_several": int((sizes > 1).sum()), "largest_cluster": int(sizes.max() or min(kept, 1)),
@@ -368,8 +369,7 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     facts = work.map_shards("sign", partial(sign_shard, folder=work.scratch, config=config), shards, config)
     signed = signed_shards(shards, facts, work.scratch)
     metrics = judge(shards, signed, work, config, np.empty(0, np.int64))
-    step = partial(write_kept, work_path=work.path, signed=signed)
-    written = work.map_shards("write", step, list(enumerate(shards)), config)
+    written = work.map_shards("write", partial(write_kept, work_path=work.path, signed=signed), list(enumerate(shards)), config)
     dropped = {"exact duplicate": metrics["removed_exact"], "near duplicate": metrics["removed_near"]}
     work.balance(signed.rows, sum(fact["kept"] for fact in written), dropped)
     return {**metrics, "characters": sum(fact["characters"] for fact in written), "by_source": _by_source(facts, written)}
