@@ -40,9 +40,10 @@ class Config(ShardConfig):
     features: Literal["characters", "words", "pieces"] = identity("characters", "what an n-gram is made of")
     pieces: str = placement("", "the SentencePiece .model of features 'pieces' (by content)")
     longest: int = identity(3, "longest n-gram", ge=1, le=8)
-    buckets: int = identity(10_000, "hash buckets", ge=2)
-    smoothing: float = identity(1.0, "added to every count", gt=0)
+    buckets: int = identity(65_536, "hash buckets", ge=2)
+    smoothing: float = identity(0.1, "added to every count", gt=0)
     length: Literal["mean", "sum"] = identity("mean", "a document's weight: the mean over its features, or the paper's sum")
+    prior: int = identity(150, "with the mean: features of weight 0 that every document gets, so that short ones are no extremes", ge=0)
     sharpness: float = identity(5.0, "with the mean: features that a document counts for", gt=0)
     seed: int = identity(1, "of the noise")
 
@@ -140,7 +141,7 @@ def log_weights(texts: pl.Series, ratios: np.ndarray, config: Config, kinds: np.
         compiled(_sum_kernel)(starts, units, kinds[rows], KEYS[: config.longest], MIX, fixed, sums[rows])
         sizes[rows] = np.diff(starts)
     features, totals = sum(np.maximum(sizes - n, 0) for n in range(config.longest)), sums / 2**20
-    weights = totals if config.length == "sum" else config.sharpness * totals / np.maximum(features, 1)
+    weights = totals if config.length == "sum" else config.sharpness * totals / np.maximum(features + config.prior, 1)
     return np.where((sizes > 0) & (kinds >= 0), weights, -np.inf)
 
 # %% ../nbs/13_dsir.ipynb #8fda2544
