@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['TECHNICAL', 'QUOTED', 'ALLOWED', 'FUNCTION_WORDS', 'EVERYDAY_WORDS', 'WORD', 'PHRASE', 'CHINESE_WORDS', 'KANA',
-           'OTHER_SCRIPTS', 'OTHER', 'GREEK', 'CJK_CLAUSE', 'GLOSS', 'blank_allowed', 'is_english_prose',
-           'is_simplified', 'is_chinese_clause', 'Span', 'stray_spans', 'wilson', 'leak_rate']
+           'OTHER_SCRIPTS', 'OTHER', 'GREEK', 'CJK_CLAUSE', 'GLOSS', 'ASIDE', 'LANGUAGE_NAMED', 'GRAMMAR', 'LIST_ITEM',
+           'POLITE', 'PLAIN', 'NUMBERED', 'UNBRACKETED', 'BRACKETS', 'blank_allowed', 'is_english_prose',
+           'is_simplified', 'is_chinese_clause', 'Span', 'stray_spans', 'without_asides', 'english_clause',
+           'third_language', 'styles', 'unpaired', 'wilson', 'leak_rate']
 
 # %% ../nbs/lib/03_leaks.ipynb #7541cd18
 import math
@@ -147,6 +149,64 @@ def stray_spans(
     return sorted(found)
 
 # %% ../nbs/lib/03_leaks.ipynb #d7f49878
+ASIDE = re.compile(r"[(（\[【][^()（）\[\]【】]*[)）\]】]|" + QUOTED + r"|(?<!\w)'[^'\n]*'(?!\w)")
+LANGUAGE_NAMED = re.compile("語|簡体字|繁体字|ハングル|文字|アルファベット|発音|読み|表記|訳")
+GRAMMAR = frozenset("""this that is are was were be been has have had do does did will would can could should may might must
+you we they it""".split())
+
+
+def without_asides(text: str) -> str:
+    """A text without brackets and quotes and what stands in them."""
+    return ASIDE.sub("", text)
+
+
+def english_clause(text: str) -> str:
+    """The first clause of English prose in a Japanese text (five words, one of them of `GRAMMAR`, few capitals), or ""."""
+    for clause in re.split(r"[。！？、：:；;,\n\t]|(?<=[.!?])\s", ASIDE.sub("\n", blank_allowed(text))):
+        words = WORD.findall(clause)
+        content = [word for word in words[1:] if word.lower() not in FUNCTION_WORDS]
+        capitals = sum(not word.islower() for word in content)
+        if len(words) >= 5 and 3 * capitals <= len(content) < len(words) - 1 and not CJK_CLAUSE.search(clause):
+            if GRAMMAR & {word.lower() for word in words}:
+                return clause.strip()
+    return ""
+
+
+def third_language(text: str) -> str:
+    """The first span of neither Japanese nor English of twelve letters or more in a Japanese text, as `language: span`, or ""."""
+    spans = stray_spans(ASIDE.sub("\n", text), "ja")
+    return next((f"{span.language}: {span.text}" for span in spans if span.language != "English" and len(span.text) >= 12), "")
+
+# %% ../nbs/lib/03_leaks.ipynb #ba970027
+LIST_ITEM = re.compile(r"\s*(?:[-*・●○■□◆▪•※>#|]|\(?\d{1,3}[.)）．:：、]|[①-⑳])")
+POLITE = re.compile(r"(?:です|ます|でした|ました|ません|でしょう|ましょう|ください|下さい|ませ)(?:か|ね|よ|が|けど)*$")
+PLAIN = re.compile(r"(?:ある|あった|あろう|ない|なかった)$|[ぁ-ん一-龠ァ-ヶー)）A-Za-z\d](?:だ|だった)$|[ぁ-ん一-龠][るたうくすつぬぶむぐい]$")
+NUMBERED = re.compile(r"(?:^|[\s、。：「・])[A-Za-z\d０-９①-⑳ア-ン.-]{1,3}）$")
+UNBRACKETED = re.compile(TECHNICAL.partition("|\\$")[0] + r"|[:;]['-]?[()（）]", re.DOTALL)  # code, addresses, smileys
+BRACKETS = {"」": "「", "』": "『", "）": "（"}
+
+
+def styles(text: str) -> tuple[list[str], list[str]]:
+    """The polite and the plain sentences of a text that 。 ends, outside of lists, quotes and brackets."""
+    lines = "\n".join(line for line in blank_allowed(text, quotes=False).split("\n") if not LIST_ITEM.match(line))
+    sentences = [sentence.strip() for sentence in re.findall(r"([^。！？!?\n]+)。", without_asides(lines))]
+    polite = [sentence for sentence in sentences if POLITE.search(sentence)]
+    return polite, [sentence for sentence in sentences if sentence not in polite and PLAIN.search(sentence)]
+
+
+def unpaired(text: str) -> str:
+    """The surroundings of the first bracket 「」『』（） without its partner, or "" where all have one; ( counts as （."""
+    stack: list[tuple[str, int]] = []
+    text = UNBRACKETED.sub(" ", text).translate({40: "（", 41: "）"})
+    for place, character in enumerate(text):
+        if character in BRACKETS.values():
+            stack.append((character, place))
+        elif character in BRACKETS and not (stack and stack.pop()[0] == BRACKETS[character]):
+            if not NUMBERED.search(text[max(0, place - 5) : place + 1]):
+                return text[max(0, place - 40) : place + 20]
+    return text[max(0, stack[0][1] - 20) : stack[0][1] + 40] if stack else ""
+
+# %% ../nbs/lib/03_leaks.ipynb #821d30c7
 def wilson(hits: int, total: int) -> tuple[float, float]:
     """Wilson's 95% interval of a share; (0, 1) when there is nothing to count."""
     if not total:
