@@ -20,10 +20,10 @@ from .config import ShisaError, markdown_table
 # %% ../nbs/lib/03_leaks.ipynb #ec83fe83
 TECHNICAL = (
     r"```.*?(?:```|\Z)|(?<!`)(?P<tick>`{1,2})(?!`)[^\n]+?(?<!`)(?P=tick)(?!`)"  # code
-    r"|https?://[^\s「」（）<>、。]+|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"  # URLs, addresses
+    r"|https?://[^\s「」（）<>、。]+|[A-Za-z0-9_.+-]{1,64}@[\w-]+(?:\.[\w-]+)+"  # URLs, addresses; parts are bounded, else a long word takes its square
     r"|\$\$.+?\$\$|\$[^$\n]+\$|\\\(.+?\\\)"  # formulas
     r"|\{\{?[^{}\n]{1,40}\}?\}|<[^<>\n]{1,60}>"  # placeholders, tags
-    r"|(?:[A-Za-z0-9_-]+[./\\:_=])+[A-Za-z0-9_-]+(?:\(\))?"  # file names, dotted and snake_case identifiers
+    r"|(?:[A-Za-z0-9_-]{1,80}[./\\:_=])+[A-Za-z0-9_-]+(?:\(\))?"  # file names, dotted and snake_case identifiers
     r"|--?[A-Za-z][\w-]*"  # command-line options
 )
 QUOTED = r"「[^「」]*」|『[^『』]*』|“[^“”]*”|\"[^\"\n]*\"|‘[^‘’]*’"
@@ -189,7 +189,8 @@ BRACKETS = {"」": "「", "』": "『", "）": "（"}
 def styles(text: str) -> tuple[list[str], list[str]]:
     """The polite and the plain sentences of a text that 。 ends, outside of lists, quotes and brackets."""
     lines = "\n".join(line for line in blank_allowed(text, quotes=False).split("\n") if not LIST_ITEM.match(line))
-    sentences = [sentence.strip() for sentence in re.findall(r"([^。！？!?\n]+)。", without_asides(lines))]
+    parts = (part.split("。")[:-1] for part in re.split(r"[！？!?\n]", without_asides(lines)))
+    sentences = [sentence.strip() for part in parts for sentence in part]
     polite = [sentence for sentence in sentences if POLITE.search(sentence)]
     return polite, [sentence for sentence in sentences if sentence not in polite and PLAIN.search(sentence)]
 

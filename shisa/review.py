@@ -256,7 +256,7 @@ def _contents(rows: pl.DataFrame, turns: pl.DataFrame, texts: pl.Series, tokeniz
     languages = turns.group_by("role", "lang").len().sort("role", "lang").iter_rows()
     return facts | {"shapes": dict(sorted(Counter(rows["shape"]).items())),
                     "languages of turns": {f"{role or '(no role)'} {lang}": size for role, lang, size in languages},
-                    "licences": dict(sorted(Counter(licence.strip() or "unknown" for licence in rows["licence"]).items()))}
+                    "licences": dict(Counter(sorted(licence.strip() or "unknown" for licence in rows["licence"])).most_common())}
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class Review:
         shown = [{"finding": row["finding"], "severity": row["severity"], "rows": row["count"], "of": row["of"], "share": f"{row['share']:.2%}",
                   "95% interval": f"{row['low']:.2%} – {row['high']:.2%}", "examples": ", ".join(row["examples"][:3]), "what it is": row["definition"]}
                  for row in table if row["count"]]
-        contents = [{"": name, "value": ", ".join(f"{key} {each:,}" for key, each in value.items()) if isinstance(value, dict) else f"{value:,}"}
+        contents = [{"": name, "value": ", ".join([f"{key} {each:,}" for key, each in value.items()][:20]) if isinstance(value, dict) else f"{value:,}"}
                     for name, value in self.facts.items() if not isinstance(value, list)]
         clusters = [f"- {each['rows']} rows near {each['id']}" for each in self.facts["largest clusters"]]
         nothing = ", ".join(row["finding"] for row in table if not row["count"])

@@ -87,6 +87,11 @@ def _text(value: Any) -> str:
 
 def _messages(value: Any, role: str = "") -> Turns:
     """Turns of a list of messages in either convention, of a transcript (`Human: …`), or of one text in `role`."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):  # a list that was written as text
+        try:
+            return _messages(orjson.loads(value), role)
+        except orjson.JSONDecodeError:
+            pass
     if isinstance(value, str) and len(parts := TRANSCRIPT.split(value)) > 2:
         return [(ROLES.get(name.lower(), name.lower()), text.strip()) for name, text in zip(parts[1::2], parts[2::2], strict=True)]
     found = []
@@ -112,8 +117,8 @@ def turns_of(row: Mapping[str, Any], shape: str) -> Turns:
         same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
         same = min(same, len(rejected) - 1) if rejected else 0  # a whole conversation on either side: what they share is the prompt
         return system + [turn for turn in prompt if turn not in chosen] + chosen + [("rejected", text) for _, text in rejected[same:]]
-    question = next(name for name in QUESTIONS if name in row and not (shape == "instructions" and name != "instruction"))
-    answer = next(name for name in ANSWERS if name in row and name != question)
+    question = "instruction" if shape == "instructions" else next((name for name in QUESTIONS if name in row), "")
+    answer = next((name for name in ANSWERS if name in row and name != question), "")
     asked = [_text(row.get(question)), _text(row.get("input")) if shape == "instructions" else ""]
     return [*system, ("user", "\n\n".join(filter(None, asked))), ("assistant", _text(row.get(answer)))]
 
@@ -173,7 +178,7 @@ def read_set(source: str | Path | pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFr
                  for path, found in read]
     rows, turns, ids = [], [], []
     for name, found, licence, columns in parts:
-        shape = shape_of(columns, name or "the frame") if columns or not found else "broken"
+        shape = shape_of(columns, name or "the frame") if columns or not name else "broken"
         for place, record in found:
             good = isinstance(record, dict)
             for turn, (role, text) in enumerate(turns_of(record, shape) if good else []):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import time
 import tomllib
 from pathlib import Path
 
@@ -146,6 +147,7 @@ SHAPES = [
     ({"question": "a", "answer": "b"}, "question and answer", [("user", "a"), ("assistant", "b")]),
     ({"prompt": "a", "completion": 7}, "question and answer", [("user", "a"), ("assistant", "7")]),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs", [("user", "a"), ("assistant", "b"), ("rejected", "c")]),
+    ({"messages": "[{\"role\": \"user\", \"content\": \"a\"}]"}, "messages", [("user", "a")]),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "pairs", [("user", "a"), ("assistant", "b"), ("rejected", "c")]),
     ({"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "b"}]},
      "pairs", [("user", "a"), ("assistant", "b"), ("rejected", "b")]),
@@ -237,6 +239,30 @@ def test_any_frame_of_conversations_gets_a_review(chats):
     assert (found.marks["evidence"].str.len_chars() <= 200).all()
     assert found.report().startswith("# Review")
     json.dumps(found.facts, allow_nan=False)
+
+
+anything = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from([ASKED, "", "[{", "\n\nHuman: a\n\nAssistant: b"]),
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text"]), inner, max_size=3))
+FIELDS = ["messages", "conversations", "prompt", "chosen", "rejected", "instruction", "input", "output", "response", "text", "system", "licence", "id"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(FIELDS), anything, max_size=5) | anything, min_size=1, max_size=4))
+def test_any_json_lines_are_read_or_refused_in_one_line(tmp_path_factory, rows):
+    path = write_rows(tmp_path_factory.mktemp("rows") / "a.jsonl", rows)
+    try:
+        read, turns = read_set(path)
+    except ShisaError as error:
+        assert "\n" not in str(error)
+        return
+    assert read.height == len(rows) and set(turns["row"]) <= set(read["row"]) and turns["text"].null_count() == 0
+
+
+@pytest.mark.parametrize("text", ["あいうえお" * 8000, "a" * 40_000, "（" * 40_000, "a." * 20_000, "「あ" * 20_000, "x = (" * 8000, "です。である" * 8000])
+def test_long_turns_take_no_square(text):
+    begun = time.process_time()
+    review(pl.DataFrame([talk(ASKED, text)]), against=[])
+    assert time.process_time() - begun < 5
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=200))
