@@ -6,6 +6,7 @@ Only counts and shares are written, no text of the set. Chapter 44 shows the tab
 """
 
 import argparse
+import json
 import os
 import platform
 import sys
@@ -13,12 +14,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from shisa.base import mistral_model_file
 from shisa.config import ShisaError, markdown_table, write_json
 from shisa.dedup import exact_groups, near_duplicates
 from shisa.dedup import Config as NearConfig
 from shisa.evalsets import evaluation_texts
 from shisa.review import review
+from shisa.text import read_text_lines
+
+
+def human_written(data: Path) -> dict[str, float]:
+    """The share of each mark of translation and language on text that people wrote in Japanese: Wikipedia's leads, given as answers."""
+    texts = [json.loads(line)["text"] for _, line in read_text_lines(data / "corpus" / "ja_wiki_leads.jsonl.zst")]
+    found = review(pl.DataFrame({"prompt": "次の項目を説明してください。", "response": texts}), against=[])
+    marks = found.table.filter(pl.col("group").is_in(["translation", "language"]) | (pl.col("finding") == "answer cut off"))
+    return dict(marks.select("finding", "share").rows())
 
 
 def study(data: Path) -> dict[str, Any]:
@@ -32,8 +43,10 @@ def study(data: Path) -> dict[str, Any]:
     seconds = time.process_time() - start
     facts = {name: value for name, value in found.facts.items() if name != "largest clusters"}
     facts["largest clusters"] = [each["rows"] for each in found.facts["largest clusters"]]
-    rows = found.table.drop("examples", "definition").to_dicts()
+    control = human_written(data)
+    rows = [row | {"control": control.get(row["finding"])} for row in found.table.drop("examples", "definition").to_dicts()]
     return {"study": "review_dolly_ja", "source": "databricks-dolly-15k-ja, first release, 12,000 rows (CC BY-SA 3.0)", "facts": facts,
+            "control": "leads of Japanese Wikipedia articles as answers, 3,263 rows (CC BY-SA 4.0)",
             "tokenizers": {"tokens": "llm-jp v3.0b1 (99,574 pieces)", "tokens, base": "Mistral 7B v0.1"},
             "findings": [{key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()} for row in rows],
             "cpu seconds": round(seconds, 1)}

@@ -124,9 +124,10 @@ def repeated(text: str, before: str) -> str:
 
 def cut_off(text: str, before: str) -> str:
     """The end of an answer that stops in the middle: at a comma or particle, or, after a whole sentence, in unfinished kana."""
-    last = re.split("[。！？]", text.rstrip().split("\n")[-1])
-    half = len(last) > 1 and re.search("[ぁ-ん]$", last[-1]) and not (POLITE.search(last[-1]) or PLAIN.search(last[-1]) or NOUNS.search(last[-1]))
-    return text.rstrip()[-60:] if half or re.search("(?:[、，を]|[^ぁ-ん][がは]|[でま]すが)$", last[-1]) else ""
+    *whole, last = re.split("[。！？]", text.rstrip().split("\n")[-1])
+    ended = any(pattern.search(last) for pattern in (POLITE, PLAIN, NOUNS)) or re.fullmatch(r"[ぁ-んァ-ヶー・、\s]{3,}", last)  # or a reading in kana
+    half = whole and re.search("[ぁ-ん]$", last) and not ended
+    return text.rstrip()[-60:] if half or re.search("(?:[、，を]|[^ぁ-ん][がは]|[でま]すが)$", last) else ""
 
 # %% ../nbs/44_review.ipynb #5c3e0af5
 MARKS_FILE = Path(str(files("shisa"))) / "data" / "marks.toml"

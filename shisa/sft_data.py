@@ -128,40 +128,51 @@ TABLES = re.compile(r"(documents|train|heldout|conversations|pairs)(-\d+)?\.parq
 NAMED_LICENCE = re.compile(r"^licen[cs]e\s*[: ]\s*(\S.*)$", re.IGNORECASE | re.MULTILINE)
 
 
-def source_files(path: Path) -> list[Path]:
-    """The data files of a path: itself, the tables of an artifact, or the files of a folder by name; `ShisaError` without any."""
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact of this project, else {}."""
+    try:
+        found = orjson.loads((folder / "manifest.json").read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) and {"stage", "files", "licences", "fingerprint"} <= {*found} else {}
+
+
+def source_files(path: Path) -> dict[str, Path]:
+    """The data files of a path, by name: itself, the tables of an artifact, or the files under a folder; `ShisaError` without any."""
     if path.is_file():
-        found = [path] if path.name.endswith(SUFFIXES) else []
-    elif (path / "manifest.json").is_file():
-        artifact = Artifact(path)
-        found = [artifact.file(name) for name in sorted(artifact.manifest["files"]) if TABLES.fullmatch(name)]
+        found = {path.name: path} if path.name.endswith(SUFFIXES) else {}
+    elif manifest := _manifest(path):
+        found = {name: Artifact(path).file(name) for name in sorted(manifest["files"]) if TABLES.fullmatch(name)}
     else:
-        found = sorted(file for file in path.glob("*") if file.name.endswith(SUFFIXES))
+        files = sorted(file for file in path.rglob("[!.]*") if file.name.endswith(SUFFIXES) and file.is_file())
+        found = {file.relative_to(path).as_posix(): file for file in files}
     if not found:
         raise ShisaError(f"{path}: no training set there; give a {', '.join(SUFFIXES)} file, a folder of them, or an artifact")
     return found
 
 
 def licence_beside(path: Path) -> str:
-    """The licence that SOURCE.txt or README.md beside a file names, or an empty string."""
-    texts = (path.parent / name for name in ("SOURCE.txt", "README.md"))
+    """The licence that an artifact's manifest, or SOURCE.txt or README.md beside a file or above it names, or an empty string."""
+    if manifest := _manifest(path.parent):
+        return ", ".join(sorted({each["licence"] for each in manifest["licences"]}))
+    texts = (folder / name for folder in (path.parent, path.parent.parent) for name in ("SOURCE.txt", "README.md"))
     found = (NAMED_LICENCE.search(text.read_text(encoding="utf-8", errors="replace")) for text in texts if text.is_file())
     return next((match[1].strip() for match in found if match), "")
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
+def _records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".parquet":
         try:
-            yield from ((f"{path.name}:{number}", row) for number, row in enumerate(pl.read_parquet(path).iter_rows(named=True)))
+            yield from ((f"{name}:{number}", row) for number, row in enumerate(pl.read_parquet(path).iter_rows(named=True)))
         except (pl.exceptions.PolarsError, OSError) as error:
             raise ShisaError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0][:120]}); write it anew") from None
         return
     for number, line in read_text_lines(path):
         if line.strip():
             try:
-                yield f"{path.name}:{number}", orjson.loads(line.removeprefix(b"\xef\xbb\xbf"))
+                yield f"{name}:{number}", orjson.loads(line.removeprefix(b"\xef\xbb\xbf"))
             except orjson.JSONDecodeError:
-                yield f"{path.name}:{number}", line[:200].decode("utf-8", "replace")
+                yield f"{name}:{number}", line[:200].decode("utf-8", "replace")
 
 
 def read_set(source: str | Path | pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -172,10 +183,11 @@ def read_set(source: str | Path | pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFr
     if isinstance(source, pl.DataFrame):
         parts = [("", [(str(number), row) for number, row in enumerate(source.iter_rows(named=True))], "", source.columns)]
     else:
-        paths = source_files(Path(source).expanduser())
-        read = [(path, list(_records(path))) for path in paths]
-        parts = [(path.name, found, licence_beside(path), list(dict.fromkeys(key for _, row in found if isinstance(row, dict) for key in row)))
-                 for path, found in read]
+        parts = []
+        for name, path in source_files(Path(source).expanduser()).items():
+            found = list(_records(path, name))
+            columns = list(dict.fromkeys(key for _, row in found if isinstance(row, dict) for key in row))
+            parts.append((name, found, licence_beside(path), columns))
     rows, turns, ids = [], [], []
     for name, found, licence, columns in parts:
         shape = shape_of(columns, name or "the frame") if columns or not name else "broken"
@@ -187,7 +199,8 @@ def read_set(source: str | Path | pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFr
             ids.append(next((str(record[key]) for key in ("id", "index", "uuid", "key") if record.get(key) is not None), None))
             licence_here = _text(record.get("licence") or record.get("license")) or licence
             rows.append((len(rows), place, licence_here, shape, "" if good else _text(record["line"]) or "not an object"))
-    frame = pl.DataFrame(rows, ["row", "place", "licence", "shape", "broken"], orient="row", schema_overrides={"row": pl.Int64})
+    schema = {"row": pl.Int64} | dict.fromkeys(("place", "licence", "shape", "broken"), pl.String)
+    frame = pl.DataFrame(rows, schema, orient="row")
     unique = None not in ids and len(set(ids)) == len(ids)  # ids that name a row are kept, others are replaced by its place
     frame = frame.with_columns(id=pl.Series(ids, dtype=pl.String) if unique else pl.col("place"))
     schema = {"row": pl.Int64, "turn": pl.Int64, "role": pl.String, "text": pl.String}
@@ -199,9 +212,7 @@ def full_text(row: dict[str, Any]) -> str:
     return "\n".join(message["content"] for message in row["messages"])
 
 
-def clean(
-    rows: Sequence[dict[str, Any]], against: Sequence[dict[str, str]]
-) -> tuple[list[dict], list[tuple[dict, str, str]]]:
+def clean(rows: Sequence[dict[str, Any]], against: Sequence[dict[str, str]]) -> tuple[list[dict], list[tuple[dict, str, str]]]:
     """Split rows into what stays and (row, reason, where) for duplicates and rows that hold an evaluation item."""
     kept, dropped, seen = [], [], {}
     for row, evidence in zip(rows, contaminated([full_text(row) for row in rows], against), strict=True):
@@ -223,9 +234,7 @@ class Config(StageConfig):
     heldout_share: float = identity(0.08, "share of conversations that is held out", ge=0, lt=1)
     family_heldout_share: float = identity(0.2, "share of the family's combinations that is held out", ge=0, le=0.75)
     family_cap: int = identity(300, "most family rows to train on", ge=0)
-    evaluation: Literal["bundled", "all"] = identity(
-        "bundled", "items to clean of: the bundled ones, or all of the data folder"
-    )
+    evaluation: Literal["bundled", "all"] = identity("bundled", "items to clean of: the bundled ones, or all of the data folder")
 
 
 def config(profile: str) -> Config:
@@ -291,12 +300,8 @@ def card(
     )
 
 # %% ../nbs/43_sft_data.ipynb #1d85495f
-SCHEMA = {
-    "id": pl.String,
-    "source": pl.String,
-    "licence": pl.String,
-    "messages": pl.List(pl.Struct({"role": pl.String, "content": pl.String})),
-}
+SCHEMA = {"id": pl.String, "source": pl.String, "licence": pl.String,
+          "messages": pl.List(pl.Struct({"role": pl.String, "content": pl.String}))}
 
 
 def hold_out(rows: list[dict[str, Any]], config: Config) -> tuple[list[dict], list[dict]]:

@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shisa import review as chapter
-from shisa.config import ShisaError
+from shisa.config import ShisaError, file_sha256
 from shisa.evalsets import evaluation_texts
 from shisa.leaks import english_clause, styles, third_language, unpaired
 from shisa.review import CHECKS, FINDINGS, MARKS_FILE, review
@@ -180,6 +180,25 @@ def test_the_licence_beside_a_file_counts(tmp_path):
     (tmp_path / "SOURCE.txt").unlink()
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     assert review(tmp_path, against=[]).facts["licences"] == {"apache-2.0": 1}
+
+
+def test_folders_below_and_artifacts(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        write_rows(tmp_path / "set" / name / "train.jsonl", [{"question": f"{name}とは何ですか。", "answer": ANSWER}])
+    (tmp_path / "set" / "SOURCE.txt").write_text("licence: MIT\n")
+    (tmp_path / "set" / "manifest.json").write_text('{"not": "ours"}')
+    rows, _ = read_set(tmp_path / "set")
+    assert rows["id"].to_list() == ["a/train.jsonl:1", "b/train.jsonl:1"] and set(rows["licence"]) == {"MIT"}
+    frame = pl.DataFrame({"prompt": [ASKED], "chosen": [ANSWER], "rejected": ["知りません。"]})
+    (tmp_path / "60_pairs").mkdir()
+    frame.write_parquet(tmp_path / "60_pairs" / "pairs.parquet")
+    frame.write_parquet(tmp_path / "60_pairs" / "rejects.parquet")
+    files = {name: {"sha256": file_sha256(tmp_path / "60_pairs" / name)} for name in ("pairs.parquet", "rejects.parquet")}
+    manifest = {"stage": "60_pairs", "files": files, "fingerprint": "0", "metrics": {}, "counts": {}, "licences": [{"licence": "Apache-2.0"}]}
+    (tmp_path / "60_pairs" / "manifest.json").write_text(json.dumps(manifest))
+    rows, turns = read_set(tmp_path / "60_pairs")
+    assert rows["licence"].to_list() == ["Apache-2.0"] and turns["role"].to_list() == ["user", "assistant", "rejected"]
 
 
 def test_repeated_ids_are_replaced_by_places():
