@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+
 from shisa.base import mistral_model_file
 from shisa.config import ShisaError, markdown_table, write_json
-from shisa.dedup import exact_groups, near_duplicates
 from shisa.dedup import Config as NearConfig
+from shisa.dedup import exact_groups, near_duplicates
 from shisa.evalsets import evaluation_texts
 from shisa.review import review
 from shisa.text import read_text_lines

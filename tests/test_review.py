@@ -12,6 +12,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from shisa import review as chapter
 from shisa.config import ShisaError, file_sha256
 from shisa.evalsets import evaluation_texts
@@ -268,7 +269,7 @@ FIELDS = ["messages", "conversations", "prompt", "chosen", "rejected", "instruct
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from(FIELDS), anything, max_size=5) | anything, min_size=1, max_size=4))
 def test_any_json_lines_are_read_or_refused_in_one_line(tmp_path_factory, rows):
-    path = write_rows(tmp_path_factory.mktemp("rows") / "a.jsonl", rows)
+    path = write_rows(tmp_path_factory.mktemp("rows") / "a.jsonl", [json.dumps(row) for row in rows])
     try:
         read, turns = read_set(path)
     except ShisaError as error:
