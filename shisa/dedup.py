@@ -22,7 +22,7 @@ import polars as pl
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from xxhash import xxh3_128_digest
-from .config import identity, markdown_table
+from .config import ShisaError, identity, markdown_table
 from .stage import Artifact, ShardConfig, Stage, Work, keep_array, need, reject_frame, run_stage, write_shard
 from .text import KEYS, MIX, SHIFT, codepoints, compiled, fold, folded_blocks, gram_hashes, ngram_hashes, normalise
 
@@ -263,21 +263,26 @@ def join(label: str, lines: tuple[int, int], signed: Signed, work: Work, config:
     parts = -(-signed.rows // ROWS_AT_ONCE)
     step = max(ROWS_AT_ONCE // max(signed.rows, 1), 1)
     items = [(label, line, min(line + step, lines[1]), part, parts) for line in range(*lines, step) for part in range(parts)]
-    work.map_shards(f"pairs {label}", partial(join_bands, folder=work.scratch, stems=signed.stems), items, config)
-    return np.unique(np.concatenate([np.load(work.scratch / f"pairs-{label}-{line}-{part}.npy") for _, line, _, part, _ in items]))
+    work.map_shards(f"pairs-{label}", partial(join_bands, folder=work.scratch, stems=signed.stems), items, config)
+    files = [work.scratch / f"pairs-{label}-{line}-{part}.npy" for _, line, _, part, _ in items]
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *(np.load(file) for file in files)]))
 
 
-def shard_sets(shard: Path, folder: Path, bases: dict[str, int], config: Config) -> dict[str, int]:
-    """Pass 3: the sets of the candidates (`used.npy`, row numbers of the corpus) of one shard, one after another."""
-    texts = pl.read_parquet(shard, columns=["text"])["text"]
-    used, base = np.load(folder / "used.npy", mmap_mode="r"), bases[shard.stem]
-    first, end = np.searchsorted(used, [base, base + len(texts)])
-    sets = []
-    for _, starts, codes in folded_blocks(texts.gather(np.asarray(used[first:end]) - base)):
-        sets += [shingle_set(codes[a:b], config.shingle) for a, b in pairwise(starts.tolist())]
-    keep_array(folder / f"sets-{shard.stem}.npy", np.concatenate([*sets, np.empty(0, np.uint32)]))
-    keep_array(folder / f"sizes-{shard.stem}.npy", np.array([members.size for members in sets], np.int64))
-    return {"sets": len(sets)}
+def shard_sets(shard: Path, folder: Path, bases: dict[str, int], config: Config, visit: Visit | None = None) -> dict[str, int]:
+    """Pass 3: the sets of the candidates (`used.npy`, row numbers of the corpus) of one shard, one after another; `visit` sees
+    each folded block of all texts."""
+    frame, base = pl.read_parquet(shard, columns=["id", "text", "lang"] if visit else ["text"]), bases[shard.stem]
+    used, sets = np.load(folder / "used.npy"), [np.empty(0, np.uint32)]
+    own = used[slice(*np.searchsorted(used, [base, base + frame.height]))] - base
+    texts, own = (frame["text"], own) if visit else (frame["text"].gather(own), np.arange(own.size))
+    for first, starts, codes in folded_blocks(texts):
+        for row in own[slice(*np.searchsorted(own, [first, first + starts.size - 1]))] - first:
+            sets.append(shingle_set(codes[starts[row] : starts[row + 1]], config.shingle))
+        if visit:
+            visit(frame, first, starts, codes)
+    keep_array(folder / f"sets-{shard.stem}.npy", np.concatenate(sets))
+    keep_array(folder / f"sizes-{shard.stem}.npy", np.array([members.size for members in sets[1:]], np.int64))
+    return {"sets": len(sets) - 1}
 
 
 def compare(item: tuple[str, int, int], folder: Path, stems: list[str], limits: dict[str, float]) -> dict[str, int]:
@@ -300,18 +305,19 @@ def compare(item: tuple[str, int, int], folder: Path, stems: list[str], limits: 
     return {"pairs": int(holds.size)}
 
 
-def verify(found: dict[str, np.ndarray], shards: list[Path], signed: Signed, work: Work, config: Config) -> dict[str, np.ndarray]:
-    """Of each label's candidate pairs those whose true similarity reaches the label's threshold."""
+def verify(found: dict[str, np.ndarray], shards: list[Path], signed: Signed, work: Work, config: Config,
+           step: Callable[..., Any] = shard_sets) -> dict[str, np.ndarray]:
+    """Of each label's candidate pairs those whose true similarity reaches the label's threshold; `step` is pass 3."""
     used = np.unique(np.concatenate([rows for pairs in found.values() for rows in unpack(pairs)]))
     keep_array(work.scratch / "used.npy", used)
-    work.map_shards("sets", partial(shard_sets, folder=work.scratch, bases=signed.bases, config=config), shards, config)
+    work.map_shards("sets", partial(step, folder=work.scratch, bases=signed.bases, config=config), shards, config)
     sizes = np.concatenate([np.load(work.scratch / f"sizes-{stem}.npy") for stem in signed.stems])
     items = []
     for label, pairs in found.items():
         keep_array(work.scratch / f"candidates-{label}.npy", pairs)
         weight = np.cumsum(sum(sizes[np.searchsorted(used, rows)] for rows in unpack(pairs)))
-        cuts = np.flatnonzero(np.diff(weight // SET_ITEMS_AT_ONCE, prepend=-1)) if pairs.size else np.empty(0, np.int64)
-        items += [(label, int(a), int(b)) for a, b in zip(cuts, [*cuts[1:], pairs.size], strict=True)]
+        cuts = [*np.flatnonzero(np.diff(weight // SET_ITEMS_AT_ONCE, prepend=-1)).tolist(), pairs.size]  # the first is 0
+        items += [(label, first, end) for first, end in pairwise(cuts) if first < end]
     limits = {"near": config.near, "loose": config.group}
     work.map_shards("compare", partial(compare, folder=work.scratch, stems=signed.stems, limits=limits), items, config)
     parts = {label: [np.load(work.scratch / f"verified-{own}-{first}.npy") for own, first, _ in items if own == label]
@@ -335,15 +341,18 @@ def write_kept(item: tuple[int, Path], work_path: Path, signed: Signed) -> dict[
     return {"kept": kept.height, "characters": int(kept["text"].str.len_chars().sum()), "by_source": by_source}
 
 
-def judge(shards: list[Path], signed: Signed, work: Work, config: Config, gone: np.ndarray) -> dict[str, Any]:
+def judge(shards: list[Path], signed: Signed, work: Work, config: Config, gone: np.ndarray,
+          step: Callable[..., Any] = shard_sets) -> dict[str, Any]:
     """fates.parquet and clusters.parquet in scratch, and the metrics; rows that are `gone` (ascending) stay out of it."""
     exact = signed.fates(join("exact", (0, 1), signed, work, config), "exact duplicate")
     keep_array(work.scratch / "gone.npy", np.union1d(gone, exact["row"].to_numpy()))
     bands, loose_bands = config.places // config.rows, config.places // config.group_rows if config.group_rows else 0
+    if not bands:
+        raise ShisaError(f"rows: more than the {config.places} places of a signature; lower it")
     found = {"near": join("near", (2, 2 + bands), signed, work, config)}
     if loose_bands:
         found["loose"] = join("loose", (2 + bands, 2 + bands + loose_bands), signed, work, config)
-    holds = verify(found, shards, signed, work, config)
+    holds = verify(found, shards, signed, work, config, step)
     near = signed.fates(holds["near"], "near duplicate")
     fates = pl.concat([exact, near]).sort("row")
     rows, roots = groups(np.unique(np.concatenate([*holds.values()])))
@@ -377,11 +386,8 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
 
 def _by_source(read: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Documents read and kept by source."""
-    sums = [Counter(), Counter()]
-    for total, facts in zip(sums, (read, kept), strict=True):
-        for fact in facts:
-            total.update(fact["by_source"])
-    return [{"source": source, "read": count, "kept": sums[1][source]} for source, count in sorted(sums[0].items())]
+    before, after = (sum((Counter(fact["by_source"]) for fact in facts), Counter()) for facts in (read, kept))
+    return [{"source": source, "read": count, "kept": after[source]} for source, count in sorted(before.items())]
 
 
 STAGE = Stage("12_dedup", 2, ("11_filters",), config, run)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_PROSE', 'WIKIPEDIA', 'STAGE', 'Keep', 'Config', 'config', 'unit_blocks', 'add_features', 'count_features',
-           'log_distribution', 'log_weights', 'uniform', 'gumbel', 'kth_largest', 'target_counts', 'hub_texts',
-           'text_bytes', 'kinds_of', 'count_shard', 'weigh_shard', 'write_drawn', 'fit', 'limits_of', 'run', 'external',
-           'plot', 'read_once', 'curate']
+           'log_distribution', 'Weigher', 'log_weights', 'uniform', 'gumbel', 'kth_largest', 'target_counts',
+           'text_bytes', 'lang_numbers', 'kinds_of', 'count_shard', 'keep_weights', 'weigh_shard', 'write_drawn', 'fit',
+           'limits_of', 'run', 'external', 'plot', 'read_once', 'read_again', 'curate']
 
 # %% ../nbs/13_dsir.ipynb #07d608cd
 import re
@@ -18,12 +18,13 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-from pyarrow.parquet import ParquetFile, read_metadata
+from pyarrow.parquet import read_metadata
 from .config import ShisaError, file_sha256, identity, markdown_table, placement
-from .dedup import Config as DedupConfig, judge, sign_shard, signed_shards
+from .dedup import Config as DedupConfig
+from .dedup import judge, shard_sets, sign_shard, signed_shards
 from .sources import bundled, read_texts
 from .stage import Artifact, ShardConfig, Stage, Work, keep_array, need, reject_frame, run_stage, write_shard
-from .text import KEYS, MIX, compiled, folded_blocks
+from .text import KEYS, compiled, folded_blocks
 from xxhash import xxh3_64_intdigest, xxh32_intdigest
 
 # %% ../nbs/13_dsir.ipynb #d1ca7a59
@@ -33,14 +34,14 @@ class Config(ShardConfig):
     target: tuple[str, ...] = identity((), "sources whose documents are the target")
     target_files: tuple[str, ...] = placement((), "files whose texts are the target (by content); {lang} stands for the language")
     target_hub: str = identity("", "Parquet files of a Hub data set as the target; {lang} stands for the language")
-    target_bytes: int = identity(200_000_000, "of the Hub's target, UTF-8 bytes a language to read", gt=0)
+    target_rows: int = identity(50_000, "of the Hub's target, documents a language to read", gt=0)
     fit_bytes: int = identity(100_000_000, "of a larger corpus, UTF-8 bytes whose features stand for it (whole documents)", gt=0)
     share: float = identity(0.9, "share of each language's documents to draw", gt=0, le=1)
     documents: dict[str, int] = identity({}, "documents of a language to draw, in place of the share")
     features: Literal["characters", "words", "pieces"] = identity("characters", "what an n-gram is made of")
     pieces: str = placement("", "the SentencePiece .model of features 'pieces' (by content)")
     longest: int = identity(3, "longest n-gram", ge=1, le=8)
-    buckets: int = identity(65_536, "hash buckets", ge=2)
+    bits: int = identity(16, "2 to this power is the number of hash buckets", ge=1, le=24)
     smoothing: float = identity(0.1, "added to every count", gt=0)
     length: Literal["mean", "sum"] = identity("mean", "a document's weight: the mean over its features, or the paper's sum")
     prior: int = identity(150, "with the mean: features of weight 0 that every document gets, so that short ones are no extremes", ge=0)
@@ -83,9 +84,9 @@ def unit_blocks(texts: pl.Series, config: Config) -> Iterator[tuple[int, np.ndar
         yield first, np.cumsum([0, *(row.size for row in rows)]), np.concatenate(rows)
 
 
-def _count_kernel(starts, units, kinds, keys, mix, counts):
-    # the sums of shisa.text's n-gram hash grow by one unit at a time: a 2-gram's is its 1-gram's and one product
-    shift, size, longest = np.uint64(32), np.uint64(counts.shape[1]), np.uint64(keys.size)
+def _count_kernel(starts, units, kinds, keys, shift, counts):
+    # shisa.text's sums grow by one unit at a time: a 2-gram's is its 1-gram's and one product; their upper bits are the bucket
+    longest = np.uint64(keys.size)
     for row in range(starts.size - 1):
         if kinds[row] < 0:
             continue
@@ -94,11 +95,11 @@ def _count_kernel(starts, units, kinds, keys, mix, counts):
             value = np.uint64(0)
             for place in range(min(longest, end - first)):
                 value += np.uint64(units[first + place]) * keys[place]
-                own[((((value ^ (value >> shift)) * mix) >> shift) * size) >> shift] += 1
+                own[value >> shift] += 1
 
 
-def _sum_kernel(starts, units, kinds, keys, mix, ratios, sums):
-    shift, size, longest = np.uint64(32), np.uint64(ratios.shape[1]), np.uint64(keys.size)
+def _sum_kernel(starts, units, kinds, keys, shift, ratios, sums):
+    longest = np.uint64(keys.size)
     for row in range(starts.size - 1):
         if kinds[row] < 0:
             continue
@@ -107,18 +108,18 @@ def _sum_kernel(starts, units, kinds, keys, mix, ratios, sums):
             value = np.uint64(0)
             for place in range(min(longest, end - first)):
                 value += np.uint64(units[first + place]) * keys[place]
-                total += ratio[((((value ^ (value >> shift)) * mix) >> shift) * size) >> shift]
+                total += ratio[value >> shift]
         sums[row] = total
 
 
 def add_features(counts: np.ndarray, kinds: np.ndarray, starts: np.ndarray, units: np.ndarray, config: Config) -> None:
     """Add the features of a block of texts to `counts` (int64 [kinds, buckets]), each text's to its kind (int64; −1: to none)."""
-    compiled(_count_kernel)(starts, units, kinds, KEYS[: config.longest], MIX, counts)
+    compiled(_count_kernel)(starts, units, kinds, KEYS[: config.longest], np.uint64(64 - config.bits), counts)
 
 
 def count_features(texts: pl.Series, config: Config) -> np.ndarray:
     """How often each bucket occurs in all texts together, int64 [buckets]."""
-    counts = np.zeros((1, config.buckets), np.int64)
+    counts = np.zeros((1, 2**config.bits), np.int64)
     for _, starts, units in unit_blocks(texts, config):
         add_features(counts, np.zeros(starts.size - 1, np.int64), starts, units, config)
     return counts[0]
@@ -126,23 +127,38 @@ def count_features(texts: pl.Series, config: Config) -> np.ndarray:
 
 def log_distribution(counts: np.ndarray, smoothing: float) -> np.ndarray:
     """Log probabilities of the buckets with `smoothing` added to every count."""
-    smoothed = counts + smoothing
-    return np.log(smoothed / smoothed.sum())
+    return np.log((counts + smoothing) / (counts + smoothing).sum())
 
 # %% ../nbs/13_dsir.ipynb #7f832241
-def log_weights(texts: pl.Series, ratios: np.ndarray, config: Config, kinds: np.ndarray | None = None) -> np.ndarray:
-    """The log weight of every text (float64 [n]) from log target − log corpus by bucket ([kinds, buckets], or [buckets] where
-    all texts are of one kind); −inf without features or kind (−1)."""
-    kinds = np.zeros(len(texts), np.int64) if kinds is None else kinds
-    fixed = np.rint(np.atleast_2d(ratios) * 2**20).astype(np.int32)  # whole numbers: the same sum on every machine
-    sums, sizes = np.zeros(len(texts), np.int64), np.zeros(len(texts), np.int64)
-    for first, starts, units in unit_blocks(texts, config):
-        rows = slice(first, first + starts.size - 1)
-        compiled(_sum_kernel)(starts, units, kinds[rows], KEYS[: config.longest], MIX, fixed, sums[rows])
-        sizes[rows] = np.diff(starts)
-    features, totals = sum(np.maximum(sizes - n, 0) for n in range(config.longest)), sums / 2**20
-    weights = totals if config.length == "sum" else config.sharpness * totals / np.maximum(features + config.prior, 1)
-    return np.where((sizes > 0) & (kinds >= 0), weights, -np.inf)
+class Weigher:
+    """Sums over the features of texts, block by block, then log weights. `ratios`: log target − log corpus by bucket, float64
+    [kinds, buckets]; `kinds`: each text's row of it (−1: none)."""
+
+    def __init__(self, kinds: np.ndarray, ratios: np.ndarray, config: Config):
+        self.kinds, self.config, self.shift = kinds, config, np.uint64(64 - config.bits)
+        self.fixed = np.rint(ratios * 2**20).astype(np.int32)  # whole numbers: the same sum on every machine
+        self.sums, self.sizes = np.zeros(kinds.size, np.int64), np.zeros(kinds.size, np.int64)
+
+    def add(self, first: int, starts: np.ndarray, units: np.ndarray) -> None:
+        """Take in a block of texts."""
+        rows, keys = slice(first, first + starts.size - 1), KEYS[: self.config.longest]
+        compiled(_sum_kernel)(starts, units, self.kinds[rows], keys, self.shift, self.fixed, self.sums[rows])
+        self.sizes[rows] = np.diff(starts)
+
+    def weights(self) -> np.ndarray:
+        """The log weight of every text, float64 [n]; −inf without features or kind."""
+        config, totals = self.config, self.sums / 2**20
+        features = sum(np.maximum(self.sizes - n, 0) for n in range(config.longest)) + config.prior
+        weights = totals if config.length == "sum" else config.sharpness * totals / np.maximum(features, 1)
+        return np.where((self.sizes > 0) & (self.kinds >= 0), weights, -np.inf)
+
+
+def log_weights(texts: pl.Series, ratio: np.ndarray, config: Config) -> np.ndarray:
+    """The log weight of every text of one kind (float64 [n]); `ratio`: log target − log corpus, float64 [buckets]."""
+    weigher = Weigher(np.zeros(len(texts), np.int64), ratio[None], config)
+    for block in unit_blocks(texts, config):
+        weigher.add(*block)
+    return weigher.weights()
 
 # %% ../nbs/13_dsir.ipynb #8fda2544
 def uniform(ids: Iterable[str], seed: int) -> np.ndarray:
@@ -157,7 +173,10 @@ def gumbel(ids: Iterable[str], seed: int) -> np.ndarray:
 
 
 def kth_largest(parts: list[np.ndarray], k: int) -> float:
-    """The k-th largest number of all parts together, found digit by digit (base 2¹⁶): no part needs to be in memory."""
+    """The k-th largest number of all parts together (∞ for none), digit by digit (base 2¹⁶): no part needs to be in memory."""
+    if k < 1:
+        return float("inf")
+
     def ordered(part: np.ndarray) -> np.ndarray:  # float64 -> uint64 in the same order
         bits = np.ascontiguousarray(part, np.float64).view(np.uint64)
         return np.where(bits >> np.uint64(63), ~bits, bits | np.uint64(1 << 63))
@@ -179,31 +198,16 @@ def kth_largest(parts: list[np.ndarray], k: int) -> float:
 # %% ../nbs/13_dsir.ipynb #f4d45b78
 def target_counts(lang: str, config: Config) -> np.ndarray:
     """Counts of the target's features in one language, where it is not part of the corpus: files, the Hub, or the sample."""
-    if config.target_files:
-        texts = read_texts(Path(name.format(lang=lang)) for name in config.target_files)
-        return count_features(pl.Series([text for own in texts.values() for text in own], dtype=pl.String), config)
-    if config.target_hub:
-        return sum(count_features(part, config) for part in hub_texts(config.target_hub.format(lang=lang), config.target_bytes))
     texts = [row["text"] for row in bundled() if row["source"] in config.target and row["lang"] == lang]
+    if config.target_files:
+        texts = [text for own in read_texts(Path(name.format(lang=lang)) for name in config.target_files).values() for text in own]
+    elif config.target_hub:
+        pattern = config.target_hub.format(lang=lang)
+        try:
+            return count_features(pl.scan_parquet(pattern).select("text").head(config.target_rows).collect()["text"], config)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise ShisaError(f"{pattern}: cannot be read ({str(error)[:120]}); check network, name and revision") from None
     return count_features(pl.Series(texts, dtype=pl.String), config)
-
-
-def hub_texts(pattern: str, size: int) -> Iterator[pl.Series]:
-    """The column `text` of Parquet files, a row group at a time, until `size` UTF-8 bytes; unreadable is a `ShisaError`."""
-    import fsspec
-
-    try:
-        for file in sorted(fsspec.open_files(pattern), key=lambda opened: opened.path):
-            with file as handle:
-                parquet = ParquetFile(handle)
-                for group in range(parquet.num_row_groups):
-                    texts = pl.Series(parquet.read_row_group(group, columns=["text"])["text"])
-                    yield texts
-                    size -= int(texts.str.len_bytes().sum())
-                    if size <= 0:
-                        return
-    except (OSError, KeyError, ValueError) as error:
-        raise ShisaError(f"{pattern}: cannot be read ({str(error)[:120]}); check the network, the name and the revision") from None
 
 
 def text_bytes(shard: Path) -> int:
@@ -213,9 +217,14 @@ def text_bytes(shard: Path) -> int:
     return sum(footer.row_group(group).column(column).total_uncompressed_size for group in range(footer.num_row_groups))
 
 
+def lang_numbers(frame: pl.DataFrame, langs: list[str]) -> np.ndarray:
+    """The number of each document's language (int64)."""
+    return frame["lang"].replace_strict({lang: number for number, lang in enumerate(langs)}, return_dtype=pl.Int64).to_numpy()
+
+
 def kinds_of(frame: pl.DataFrame, langs: list[str], rate: float, config: Config) -> np.ndarray:
     """For every document 2 × its language, + 1 if it is of the target; −1 for one that does not count among the corpus."""
-    kinds = 2 * frame["lang"].replace_strict({lang: number for number, lang in enumerate(langs)}, return_dtype=pl.Int64).to_numpy()
+    kinds = 2 * lang_numbers(frame, langs)
     target = frame["source"].is_in(config.target).to_numpy()
     left_out = np.zeros(0, bool) if rate >= 1 else uniform(frame["id"], config.seed + 1) >= rate
     return np.where(left_out & ~target, -1, kinds + target) if rate < 1 else kinds + target
@@ -225,22 +234,27 @@ def count_shard(shard: Path, folder: Path, config: Config, rate: float) -> dict[
     """Pass 1: counts-NNNNN.npy, by language and by whether a document is of the target, of one shard."""
     frame = pl.read_parquet(shard, columns=["id", "text", "lang", "source"])
     langs = frame["lang"].unique().sort().to_list()
-    counts, kinds = np.zeros((2 * len(langs), config.buckets), np.int64), kinds_of(frame, langs, rate, config)
+    counts, kinds = np.zeros((2 * len(langs), 2**config.bits), np.int64), kinds_of(frame, langs, rate, config)
     for first, starts, units in unit_blocks(frame["text"], config):
         add_features(counts, kinds[first : first + starts.size - 1], starts, units, config)
     keep_array(folder / f"counts-{shard.stem}.npy", counts)
     return dict(frame.group_by("lang").len().sort("lang").iter_rows())
 
 
-def weigh_shard(shard: Path, folder: Path, langs: list[str], config: Config, gone: str = "") -> dict[str, Any]:
-    """Pass 2: weights-NNNNN.npy, weight and key (weight + noise) of every document of one shard, float64 [2, n]."""
+def keep_weights(frame: pl.DataFrame, weigher: Weigher, stem: str, folder: Path, seed: int) -> None:
+    """weights-NNNNN.npy, weight and key (weight + noise) of every document, float64 [2, n], and langs-NNNNN.npy."""
+    weights = weigher.weights()
+    keep_array(folder / f"weights-{stem}.npy", np.stack([weights, weights + gumbel(frame["id"], seed)]))
+    keep_array(folder / f"langs-{stem}.npy", weigher.kinds)
+
+
+def weigh_shard(shard: Path, folder: Path, langs: list[str], config: Config) -> dict[str, Any]:
+    """Pass 2: the weights of the documents of one shard."""
     frame = pl.read_parquet(shard, columns=["id", "text", "lang"])
-    kinds = frame["lang"].replace_strict({lang: number for number, lang in enumerate(langs)}, return_dtype=pl.Int64).to_numpy()
-    if gone:
-        kinds = np.where(np.load(folder / f"{gone}-{shard.stem}.npy"), -1, kinds)
-    weights = log_weights(frame["text"], np.load(folder / "ratios.npy"), config, kinds)
-    keep_array(folder / f"weights-{shard.stem}.npy", np.stack([weights, weights + gumbel(frame["id"], config.seed)]))
-    keep_array(folder / f"langs-{shard.stem}.npy", kinds)
+    weigher = Weigher(lang_numbers(frame, langs), np.load(folder / "ratios.npy"), config)
+    for block in unit_blocks(frame["text"], config):
+        weigher.add(*block)
+    keep_weights(frame, weigher, shard.stem, folder, config.seed)
     return {}
 
 
@@ -255,7 +269,8 @@ def write_drawn(item: tuple[int, Path], folder: Path, scratch: Path, limits: lis
     if rejects:
         left = weighed.filter(pl.Series(~drawn)).select("id", reason=pl.lit("not drawn"), excerpt=pl.col("text").str.head(200), where="source")
         write_shard(reject_frame(left.iter_rows(named=True)), folder / f"rejects-{number:05d}.parquet")
-    table = weighed.select("source", "weight", drawn=pl.Series(drawn)).group_by("source").agg(pl.len(), pl.col("drawn", "weight").sum())
+    finite = pl.when(pl.col("weight").is_finite()).then("weight").otherwise(0.0)
+    table = weighed.select("source", drawn=pl.Series(drawn), weight=finite).group_by("source").agg(pl.len(), pl.col("drawn", "weight").sum())
     return {"characters": int(kept["text"].str.len_chars().sum()), "by_source": table.sort("source").rows(),
             "by_language": dict(kept.group_by("lang").len().sort("lang").iter_rows())}
 
@@ -263,9 +278,9 @@ def write_drawn(item: tuple[int, Path], folder: Path, scratch: Path, limits: lis
 def fit(counted: list[dict[str, Any]], stems: list[str], rate: float, work: Work, config: Config) -> list[str]:
     """ratios.npy: log target − log corpus by language and bucket; returns the languages. An empty target is refused."""
     langs, ratios = sorted({lang for fact in counted for lang in fact}), []
-    totals = {lang: np.zeros((2, config.buckets)) for lang in langs}
+    totals = {lang: np.zeros((2, 2**config.bits)) for lang in langs}
     for fact, stem in zip(counted, stems, strict=True):
-        for number, counts in enumerate(np.load(work.scratch / f"counts-{stem}.npy").reshape(-1, 2, config.buckets)):
+        for number, counts in enumerate(np.load(work.scratch / f"counts-{stem}.npy").reshape(-1, 2, 2**config.bits)):
             totals[sorted(fact)[number]] += counts
     for lang, (others, target) in totals.items():
         outside = config.target_files or config.target_hub or not target.any()
@@ -285,7 +300,7 @@ def limits_of(langs: list[str], stems: list[str], work: Work, config: Config) ->
     for number, lang in enumerate(langs):
         own = [key[kind == number] for key, kind in zip(keys, kinds, strict=True)]
         count = sum(part.size for part in own)
-        limits.append(kth_largest(own, min(max(config.documents.get(lang, round(config.share * count)), 1), count)) if count else np.inf)
+        limits.append(kth_largest(own, min(config.documents.get(lang, max(round(config.share * count), 1)), count)))
     return limits
 
 
@@ -313,10 +328,12 @@ def external(config: Config) -> dict[str, str]:
     """SHA-256 by name of the files that are read from outside; the Hub is named by its revision."""
     named = [Path(name.format(lang=lang)) for name in config.target_files for lang in ("ja", "en")]
     named += [Path(config.pieces)] if config.features == "pieces" else []
-    for path in named:
+    marks: dict[str, list[str]] = {}
+    for path in dict.fromkeys(named):
         if not path.is_file():
             raise ShisaError(f"{path}: no such file; name the target's files (or the .model) anew")
-    return {path.name: file_sha256(path) for path in named}
+        marks.setdefault(path.name, []).append(file_sha256(path))  # files of one name may stand in several folders
+    return {name: " ".join(own) for name, own in marks.items()}
 
 
 STAGE = Stage("13_dsir", 2, ("12_dedup",), config, run, external)
@@ -347,13 +364,29 @@ def read_once(shard: Path, folder: Path, keep: Keep, deduplication: DedupConfig,
         if not rows:
             langs, rows["filtered"] = frame["lang"].unique().sort().to_list(), ~keep(frame)
             rows["kinds"] = np.where(rows["filtered"], -1, kinds_of(frame, langs, rate, config))
-            rows["counts"], rows["langs"] = np.zeros((2 * len(langs), config.buckets), np.int64), langs
+            rows["counts"], rows["langs"] = np.zeros((2 * len(langs), 2**config.bits), np.int64), langs
         add_features(rows["counts"], rows["kinds"][first : first + starts.size - 1], starts, codes, config)
 
     signed = sign_shard(shard, folder, deduplication, visit)
-    keep_array(folder / f"counts-{shard.stem}.npy", rows.get("counts", np.zeros((0, config.buckets), np.int64)))
+    keep_array(folder / f"counts-{shard.stem}.npy", rows.get("counts", np.zeros((0, 2**config.bits), np.int64)))
     keep_array(folder / f"filtered-{shard.stem}.npy", rows.get("filtered", np.zeros(0, bool)))
     return {**signed, "langs": dict.fromkeys(rows.get("langs", ()), 0)}
+
+
+def read_again(shard: Path, folder: Path, bases: dict[str, int], config: DedupConfig, langs: list[str], draw: Config) -> dict[str, Any]:
+    """Reading 2: what `shard_sets` and `weigh_shard` leave of one shard; what was filtered out has no weight."""
+    rows: dict[str, Any] = {}
+
+    def visit(frame: pl.DataFrame, first: int, starts: np.ndarray, codes: np.ndarray) -> None:
+        if not rows:
+            kinds = np.where(np.load(folder / f"filtered-{shard.stem}.npy"), -1, lang_numbers(frame, langs))
+            rows["frame"], rows["weigher"] = frame, Weigher(kinds, np.load(folder / "ratios.npy"), draw)
+        rows["weigher"].add(first, starts, codes)
+
+    facts = shard_sets(shard, folder, bases, config, visit)
+    if rows:
+        keep_weights(rows["frame"], rows["weigher"], shard.stem, folder, draw.seed)
+    return facts
 
 
 def curate(shards: list[Path], work: Work, keep: Keep, deduplication: DedupConfig, config: Config) -> dict[str, Any]:
@@ -364,15 +397,14 @@ def curate(shards: list[Path], work: Work, keep: Keep, deduplication: DedupConfi
     signed = signed_shards(shards, facts, work.scratch)
     filtered = np.flatnonzero(np.concatenate([np.load(work.scratch / f"filtered-{stem}.npy") for stem in signed.stems]))
     keep_array(work.scratch / "gone.npy", filtered)
-    metrics, gone = judge(shards, signed, work, deduplication, filtered), np.zeros(signed.rows, bool)
-    gone[filtered] = gone[pl.read_parquet(work.scratch / "fates.parquet")["row"].to_numpy()] = True
-    for shard, fact in zip(shards, facts, strict=True):
-        base = signed.bases[shard.stem]
-        keep_array(work.scratch / f"gone-{shard.stem}.npy", gone[base : base + fact["rows"]])
     langs = fit([fact["langs"] for fact in facts], signed.stems, rate, work, config)
-    work.map_shards("weigh", partial(weigh_shard, folder=work.scratch, langs=langs, config=config, gone="gone"), shards, config)
-    limits = limits_of(langs, signed.stems, work, config)
-    step = partial(write_drawn, folder=work.path, scratch=work.scratch, limits=limits, rejects=False)
+    metrics = judge(shards, signed, work, deduplication, filtered, partial(read_again, langs=langs, draw=config))
+    gone, step = pl.read_parquet(work.scratch / "fates.parquet")["row"].to_numpy(), partial(write_drawn, folder=work.path, rejects=False)
+    for shard, fact in zip(shards, facts, strict=True):
+        base, kinds = signed.bases[shard.stem], np.load(work.scratch / f"langs-{shard.stem}.npy")
+        kinds[gone[slice(*np.searchsorted(gone, [base, base + fact["rows"]]))] - base] = -1
+        keep_array(work.scratch / f"langs-{shard.stem}.npy", kinds)
+    step = partial(step, scratch=work.scratch, limits=limits_of(langs, signed.stems, work, config))
     written = work.map_shards("write", step, list(enumerate(shards)), config)
     kept = sum(sum(fact["by_language"].values()) for fact in written)
     dropped = {"filtered": filtered.size, "exact duplicate": metrics["removed_exact"], "near duplicate": metrics["removed_near"]}
