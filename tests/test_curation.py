@@ -15,9 +15,9 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shisa import dedup, dsir, filters, sources, split, text
+from shisa import dedup, dsir, sources, split, text
 from shisa.config import ShisaError
-from shisa.sample import data_folder, documents, evaluation, japanese, noise
+from shisa.sample import data_folder, documents, evaluation, noise
 from shisa.stage import Artifact, Work, run_stage
 
 CHAIN = ("10_sources", "11_filters", "12_dedup", "13_dsir", "14_split")
@@ -196,36 +196,6 @@ def test_water_level_is_fair_and_within_budget(sizes, budget, largest):
     assert max(taken.values()) <= budget * largest
     lowest = min((taken[n] for n, size in sizes.items() if taken[n] < min(size, int(budget * largest))), default=None)
     assert lowest is None or max(taken.values()) - lowest <= len(sizes)  # nobody gets less while another gets more
-
-
-# ── filters ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_noise_is_caught_and_clean_documents_pass(chain):
-    table = {row["label"]: row for row in chain["11_filters"].metrics["confusion"]}
-    assert table["clean"]["dropped"] <= 0.05 * table["clean"]["documents"]
-    noisy = [row for label, row in table.items() if label not in ("clean", "near_duplicate")]
-    assert sum(r["dropped"] for r in noisy) >= 0.8 * sum(r["documents"] for r in noisy)
-    assert sum(row["documents"] for row in table.values()) == 2 * len(documents()) + len(japanese()) + len(noise())
-
-
-@pytest.mark.parametrize(("value", "reason"), [
-    ("短い。", "too_short"),
-    ("春の午後、商店街で小さな急須を買った。".encode().decode("cp932", "replace") * 4, "mojibake"),
-    ("+----+----+\n| 00 | 00 |\n" * 9, "symbols"),
-    ("这条街早上六点就开始热闹起来，卖豆浆的老板记得每个熟客的口味，看见我远远走过来就先盛好一碗不加糖的豆浆。" * 2, "language"),
-    ("駅まで歩く。駅から帰る。" * 20, "repetition"),
-    ("会社概要 | 採用情報 | サイトマップ | お問い合わせ | プライバシーポリシー\n無断転載を禁じます。ページの先頭へ", "boilerplate"),
-])
-def test_each_rule_names_its_reason(value, reason):
-    assert filters.judge(value, filters.Config())[0] == reason
-
-
-@given(ANY)
-@quick
-def test_any_text_gets_a_verdict(value):
-    reason, language = filters.judge(value, filters.Config())
-    assert reason in filters.RULES or (reason == "" and language in ("ja", "en"))
 
 
 # ── duplicates ────────────────────────────────────────────────────────────────────────────────────────────────────────
