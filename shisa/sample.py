@@ -334,10 +334,10 @@ class Records:
                     self.bad(self.line, reason, body[:800], plain((record or {}).get("id")))
                 else:
                     self.kept.append((self.line, record))
-                    held += len(body)
-            if held >= self.chunk:
-                yield from self.release()
-                held = 0
+                    held += len(body) + 200  # a record is more than its bytes
+                if held >= self.chunk:
+                    yield from self.release()
+                    held = 0
         yield from self.release()
 
     def document(self, handle: Any) -> Iterator[Chunk]:

@@ -71,16 +71,20 @@ _RAW = {"text": pl.String, "id": pl.String, "lang": pl.String, "licence": pl.Str
 
 def clean(raw: pl.DataFrame, entry: dict[str, Any], config: Config) -> pl.DataFrame:
     """Raw columns text, id, lang, licence, origin, line: with source, reason ("": usable), mended texts, and
-    mended (true: a byte order mark or Windows line ends were taken out)."""
+    mended (true: a byte order mark, Windows line ends or a stray NUL were taken out)."""
     source, hub, text = entry["source"], config.kind == "hub", pl.col("text")
     if hub and config.unescape:
         raw = raw.with_columns(text.str.replace_all("\\n", "\n", literal=True))
-    mended = text.str.starts_with("\ufeff") | text.str.contains("\r\n", literal=True)
+    odd = text.str.starts_with("\ufeff") | text.str.contains("\r\n", literal=True) | text.str.contains("\0", literal=True)
+    raw = raw.with_columns(mended=odd.fill_null(False), broken=pl.lit(False))
+    if raw["mended"].any():
+        whole = text.str.strip_chars_start("\ufeff").str.replace_all("\r\n", "\n", literal=True)
+        many = text.str.count_matches("\0", literal=True) * 1000 > text.str.len_bytes()  # binary, or UTF-16
+        raw = raw.with_columns(whole.str.replace_all("\0", "", literal=True), broken=many)
     given = config.licences.get(source) or (config.hub_licence if hub else None)
     own = pl.col("licence").fill_null("").str.strip_chars()
     unknown = own.str.to_lowercase().is_in(UNKNOWN)
-    raw = raw.with_columns(text.str.strip_chars_start("\ufeff").str.replace_all("\r\n", "\n", literal=True), mended=mended)
-    reason = (pl.when(text.is_null()).then(pl.lit(NULL_TEXT)).when(text.str.contains("\0", literal=True)).then(pl.lit(NUL))
+    reason = (pl.when(text.is_null()).then(pl.lit(NULL_TEXT)).when("broken").then(pl.lit(NUL))
               .when(text.str.len_bytes() > config.max_record_bytes).then(pl.lit(TOO_LONG))
               .when(~text.str.contains(r"\S")).then(pl.lit(EMPTY))
               .when(unknown & pl.lit(given is None)).then(pl.lit(UNLICENSED)).otherwise(pl.lit("")))
@@ -115,8 +119,8 @@ def keys_of(frame: pl.DataFrame, seed: int) -> pl.DataFrame:
 
 # %% ../nbs/10_sources.ipynb #58eabed6
 class Reader:
-    """Reads files into parts of about `shard_bytes` of text, `part-NNNNN-KKKK.parquet` with their keys beside them in
-    `scratch`, and rejects in `out`. `facts()` tells what was read."""
+    """Reads files into parts of about `shard_bytes` of text (or 250,000 documents): `part-NNNNN-KKKK.parquet` in `scratch`, with
+    their keys beside them, and rejects in `out`. `facts()` tells what was read."""
 
     def __init__(self, config: Config, scratch: Path, out: Path, number: int):
         self.config, self.scratch, self.out, self.number = config, scratch, out, number
@@ -129,8 +133,7 @@ class Reader:
             raise ShisaError(f"{entry['path']}:{line}: {reason}; {way}, or set broken='reject' to count it")
         if len(self.rejects) == 100_000:
             self.write_rejects()
-        text = excerpt.decode("utf-8", "replace") if isinstance(excerpt, bytes) else excerpt
-        where = f"{entry['name']}:{line}"
+        text, where = excerpt.decode("utf-8", "replace") if isinstance(excerpt, bytes) else excerpt, f"{entry['name']}:{line}"
         self.rejects.append({"id": id or where, "reason": reason, "excerpt": text[:200], "where": where})
         self.dropped[reason] += 1
 
@@ -142,20 +145,19 @@ class Reader:
 
     def read(self, entry: dict[str, Any]) -> None:
         """Read one file to its end: clean the records, reject what cannot be used, write full parts."""
-        config, bad = self.config, partial(self.reject, entry)
-        chunk = min(1 << 23, config.shard_bytes)
+        config, bad, chunk = self.config, partial(self.reject, entry), min(1 << 23, self.config.shard_bytes)
         for records, texts, lines in Records(entry, bad, config.text_field, config.max_record_bytes, config.max_expansion, chunk):
             raw = pl.DataFrame({
                 "text": texts, "id": [plain(r.get("id")) for r in records], "lang": [plain(r.get("lang")) for r in records],
                 "licence": [plain(r.get("license") or r.get("licence")) for r in records],
                 "origin": [plain(r.get("source") or r.get("url")) for r in records], "line": lines}, schema=_RAW)
             frame = clean(raw.drop_nulls("line"), entry, config)
-            wrong = frame.filter(pl.col("reason") != "").select("line", "reason", pl.col("text").fill_null(""), "id")
-            for told in wrong.iter_rows():
+            wrong = frame.filter(pl.col("reason") != "")
+            for told in wrong.select("line", "reason", pl.col("text").fill_null(""), "id").iter_rows():
                 bad(*told)
             frame = named(frame.filter(pl.col("reason") == ""), entry, config)
             size = int(frame["text"].str.len_bytes().sum())
-            if self.size + size > config.shard_bytes:
+            if self.size + size > config.shard_bytes or sum(map(len, self.frames)) > 250_000:  # short documents fill memory too
                 self.flush()
             self.frames += [frame.select(*SCHEMA, "where")] if frame.height else []
             self.size, self.mended = self.size + size, self.mended + int(frame["mended"].sum())
@@ -243,7 +245,11 @@ def repeats(keys: Keys, total: int, at_once: int = 1 << 22) -> pl.DataFrame:
     for turn in range(turns):
         mine, wanted = pl.col("first") % turns == turn, ("first", "second", "row")
         parts = [frame.filter(mine).select(*wanted, part=pl.lit(number)).collect() for number, frame in enumerate(keys())]
-        found.append(pl.concat(parts).filter(~pl.struct("first", "second").is_first_distinct()).select("part", "row"))
+        frame = pl.concat(parts)
+        first, second = frame["first"].to_numpy(), frame["second"].to_numpy()
+        order = np.lexsort((second, first))  # stable: of equals, the first stays the first
+        same = (np.diff(first[order]) == 0) & (np.diff(second[order]) == 0)
+        found.append(frame.select("part", "row")[order[1:][same]])
     return pl.concat(found)
 
 
@@ -289,8 +295,8 @@ def external(config: Config) -> dict[str, str]:
 
     if config.kind == "hub":
         return {}
-    sample = (f"{name}.jsonl" for name in ("documents", "japanese", "noise"))
-    files = corpus_files(config) if config.kind == "folder" else {name: sample_file(name) for name in sample}
+    names = ("documents.jsonl", "japanese.jsonl", "noise.jsonl")
+    files = corpus_files(config) if config.kind == "folder" else {name: sample_file(name) for name in names}
     with ThreadPoolExecutor(4) as pool:
         marks = dict(zip(files, pool.map(mark, files.values()), strict=True))
     whole = hashlib.sha256("".join(f"{name} {sha}\n" for name, sha in marks.items()).encode()).hexdigest()
@@ -313,7 +319,7 @@ def read_all(config: Config, work: Work) -> list[dict[str, Any]]:
     step = partial(read_files, config, work.scratch, work.path)
     if config.kind == "hub":
         return read_hub(config, work, step)
-    groups: list[list[dict[str, Any]]] = [[]]
+    groups = [[]]
     if config.kind == "folder":
         entries = [file_entry(name, path, config.lang) | {"size": path.stat().st_size if path.is_file() else 0}
                    for name, path in corpus_files(config).items()]
@@ -360,8 +366,7 @@ def write_documents(scratch: Path, out: Path, offset: int, item: dict[str, Any])
             os.link(scratch / f"{item['parts'][0]['name']}.parquet", target)
             return {}
     for part in item["parts"]:
-        frame, why = (pl.read_parquet(scratch / f"{part['name']}{end}.parquet") for end in ("", "-why"))
-        frame = frame.hstack(why)
+        frame = pl.concat([pl.read_parquet(scratch / f"{part['name']}{end}.parquet") for end in ("", "-why")], how="horizontal")
         frames.append(frame.filter(pl.col("why").is_null()).select(*SCHEMA))
         rejects += frame.filter(pl.col("why") == REPEATED).select("id", reason="why", excerpt="text", where="where").to_dicts()
     write_shard(pl.concat(frames), target)
@@ -374,9 +379,7 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     """Write the shards of documents. Metrics: documents and characters in total and by source, bytes by language, mended."""
     work.seeds = {"draw": config.seed}
     facts = read_all(config, work)
-    parts, dropped = [part for fact in facts for part in fact["parts"]], Counter()
-    for fact in facts:
-        dropped.update(fact["dropped"])
+    parts, dropped = [part for fact in facts for part in fact["parts"]], sum((Counter(fact["dropped"]) for fact in facts), Counter())
     if not parts:
         told = ", ".join(f"{count} × {reason}" for reason, count in dropped.most_common(3)) or "no records"
         raise ShisaError(f"the corpus is empty: no file holds a usable document ({told}); check the source")
@@ -385,8 +388,7 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
         raise ShisaError(f"no document is in one of the languages {', '.join(config.budgets)}; check the field lang, or set lang")
     items = [{"number": number, "parts": group} for number, group in enumerate(together(chosen, config.shard_bytes))]
     work.map_shards("documents", partial(write_documents, work.scratch, work.path, len(facts)), items, config)
-    documents = int(table["documents"].sum())
-    work.balance(sum(part["rows"] for part in parts) + sum(dropped.values()), documents, dropped + left)
+    work.balance(sum(part["rows"] for part in parts) + sum(dropped.values()), documents := int(table["documents"].sum()), dropped + left)
     for item in table.group_by("source", "licence").agg(pl.col("documents").sum()).sort("source", "licence").to_dicts():
         work.licences.append(item | {"share_alike": share_alike(item["licence"])})
     by_source = table.group_by("source", "lang").agg(pl.col("documents", "characters", "size").sum()).sort("source", "lang")
