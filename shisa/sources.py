@@ -22,10 +22,10 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 import polars as pl
-from .config import ShisaError, file_sha256, identity, markdown_table, placement, run_root
+from .config import ShisaError, file_sha256, fingerprint, identity, markdown_table, placement, run_root
 from shisa.sample import (
     COUNTED, EMPTY, NUL, NULL_TEXT, OTHER, OVER_BUDGET, REPEATED, SCHEMA, TOO_LONG, UNKNOWN, UNLICENSED, UNREADABLE, WAY_OUT, Records,
-    bundled, data_folder, file_entry, folder_files, pair_key, plain, row, sample_file, share_alike, unreachable,
+    bundled, data_folder, file_entry, folder_files, pair_key, plain, read_texts, row, sample_file, share_alike, unreachable,
 )
 from .stage import Artifact, ShardConfig, Stage, Work, reject_frame, run_stage, write_shard
 
@@ -277,8 +277,7 @@ def bounds(keys: Keys, budgets: dict[str, int], largest: float) -> pl.DataFrame:
 # %% ../nbs/10_sources.ipynb #3b9ebdb3
 def corpus_files(config: Config) -> dict[str, Path]:
     """The files that a folder source reads, by name; a `ShisaError` says how to name a folder where there is none."""
-    data = Path(config.folder) if config.folder else data_folder()
-    if data is None:
+    if not (data := Path(config.folder) if config.folder else data_folder()):
         raise ShisaError("no local data folder; set SHISA_DATA to the folder that holds corpus/*.jsonl.zst")
     return folder_files(data if config.folder else data / "corpus", config.files)
 
@@ -299,8 +298,7 @@ def external(config: Config) -> dict[str, str]:
     files = corpus_files(config) if config.kind == "folder" else {name: sample_file(name) for name in names}
     with ThreadPoolExecutor(4) as pool:
         marks = dict(zip(files, pool.map(mark, files.values()), strict=True))
-    whole = hashlib.sha256("".join(f"{name} {sha}\n" for name, sha in marks.items()).encode()).hexdigest()
-    return marks if len(marks) <= 1000 else {f"{len(marks)} files": whole}
+    return marks if len(marks) <= 1000 else {f"{len(marks)} files": fingerprint(marks)}
 
 
 def together(entries: list[dict[str, Any]], most: int) -> list[list[dict[str, Any]]]:
@@ -308,7 +306,8 @@ def together(entries: list[dict[str, Any]], most: int) -> list[list[dict[str, An
     groups, room = [], 0
     for entry in entries:
         if not groups or entry["size"] > room:
-            groups, room = [*groups, []], most
+            groups.append([])
+            room = most
         groups[-1].append(entry)
         room -= entry["size"]
     return groups
@@ -319,17 +318,16 @@ def read_all(config: Config, work: Work) -> list[dict[str, Any]]:
     step = partial(read_files, config, work.scratch, work.path)
     if config.kind == "hub":
         return read_hub(config, work, step)
-    groups = [[]]
-    if config.kind == "folder":
-        entries = [file_entry(name, path, config.lang) | {"size": path.stat().st_size if path.is_file() else 0}
-                   for name, path in corpus_files(config).items()]
-        groups = together(entries, config.shard_bytes // 8)  # on disk text is a quarter of its size; workers want some items
+    files = corpus_files(config) if config.kind == "folder" else {}
+    entries = [file_entry(name, path, config.lang) | {"size": path.stat().st_size if path.is_file() else 0}
+               for name, path in files.items()]
+    groups = together(entries, config.shard_bytes // 8) or [[]]  # on disk text is a quarter of its size; workers want items
     return work.map_shards("read", step, [{"number": number, "files": files} for number, files in enumerate(groups)], config)
 
 # %% ../nbs/10_sources.ipynb #8754b3b8
 def choose(config: Config, parts: list[dict[str, Any]], scratch: Path) -> tuple[list[dict[str, Any]], Counter, pl.DataFrame]:
-    """What each part gives, from the keys: parts {name, size, whole}, with a file beside each that says `why` a row is left
-    out; the count of each reason; documents, characters and size by source, lang and licence."""
+    """What each part gives, from the keys: parts {name, size (of a shard), whole}, with a file beside each that says `why` a row
+    is left out; the count of each reason; documents, characters and size by source, lang and licence."""
     def keys(again: dict[int, pl.Series]) -> Iterator[pl.LazyFrame]:
         for number, part in enumerate(parts):
             rows = again.get(number, pl.Series([], dtype=pl.UInt32))
@@ -351,7 +349,9 @@ def choose(config: Config, parts: list[dict[str, Any]], scratch: Path) -> tuple[
         write_shard(frame.select("why", "where"), scratch / f"{part['name']}-why.parquet")
         dropped.update(frame["why"].drop_nulls().to_list())
         kept = frame.filter(pl.col("why").is_null())
-        chosen.append({"name": part["name"], "size": int(kept["size"].sum()), "whole": kept.height == frame.height})
+        size, whole = int(kept["size"].sum()), kept.height == frame.height  # whole and not small: it need not be written again
+        size = config.shard_bytes if whole and size * 4 >= config.shard_bytes else size
+        chosen.append({"name": part["name"], "size": size, "whole": whole})
         table.append(kept.group_by(group).agg(pl.len().alias("documents").cast(pl.Int64), pl.col("characters", "size").sum()))
         table = [pl.concat(table).group_by(group).sum()]
     return chosen, dropped, table[0].sort(group)
@@ -388,12 +388,12 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
         raise ShisaError(f"no document is in one of the languages {', '.join(config.budgets)}; check the field lang, or set lang")
     items = [{"number": number, "parts": group} for number, group in enumerate(together(chosen, config.shard_bytes))]
     work.map_shards("documents", partial(write_documents, work.scratch, work.path, len(facts)), items, config)
-    work.balance(sum(part["rows"] for part in parts) + sum(dropped.values()), documents := int(table["documents"].sum()), dropped + left)
+    work.balance(sum(part["rows"] for part in parts) + sum(dropped.values()), int(table["documents"].sum()), dropped + left)
     for item in table.group_by("source", "licence").agg(pl.col("documents").sum()).sort("source", "licence").to_dicts():
         work.licences.append(item | {"share_alike": share_alike(item["licence"])})
     by_source = table.group_by("source", "lang").agg(pl.col("documents", "characters", "size").sum()).sort("source", "lang")
     languages = table.group_by("lang").agg(pl.col("size").sum()).sort("lang")
-    return {"documents": documents, "characters": int(table["characters"].sum()), "sources": by_source.to_dicts(),
+    return {**table.select(pl.col("documents", "characters").sum()).row(0, named=True), "sources": by_source.to_dicts(),
             "bytes_by_language": dict(languages.iter_rows()), "mended": sum(fact["mended"] for fact in facts)}
 
 

@@ -348,11 +348,8 @@ def _inflated(handle: BinaryIO, ending: str, expansion: int) -> Iterator[bytes]:
 
 
 def stream_blocks(handle: BinaryIO, ending: str = "", expansion: int = 0) -> Iterator[bytes]:
-    """The content of a stream (`ending` .gz or .zst: decompressed) in blocks of about 1 MiB.
-
-    Raises `TornFile`, after all that is whole; and `ExpandingFile` where more than 64 MiB came, and more than `expansion`
-    times what was read (0: no limit).
-    """
+    """The content of a stream (`ending` .gz or .zst: decompressed) in blocks of about 1 MiB. Raises `TornFile`, after all that
+    is whole; and `ExpandingFile` where more than 64 MiB came, and more than `expansion` times what was read (0: no limit)."""
     if ending not in (".gz", ".zst"):
         yield from iter(partial(handle.read, _BLOCK), b"")
         return
@@ -373,11 +370,8 @@ def stream_blocks(handle: BinaryIO, ending: str = "", expansion: int = 0) -> Ite
 
 
 def line_blocks(handle: BinaryIO, ending: str = "", longest: int = 0, expansion: int = 0) -> Iterator[list[bytes]]:
-    """The lines of a stream without their ends, some at a time; cut at the byte `\\n` alone.
-
-    A line over `longest` bytes (0: no limit) may come cut, but to more than `longest`: memory stays bounded, and the reader
-    sees it. Raises as `stream_blocks` does; a line that is not whole is not given then.
-    """
+    """The lines of a stream without their ends, some at a time. One over `longest` bytes (0: no limit) may come cut, but to more
+    than `longest`: memory stays bounded, and the reader sees it. Raises as `stream_blocks` does, after the last whole line."""
     rest = b""
     for block in stream_blocks(handle, ending, expansion):
         *lines, rest = (rest + block).split(b"\n")
