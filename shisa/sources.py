@@ -124,7 +124,7 @@ class Reader:
 
     def __init__(self, config: Config, scratch: Path, out: Path, number: int):
         self.config, self.scratch, self.out, self.number = config, scratch, out, number
-        self.frames, self.parts, self.rejects, self.dropped, self.size, self.mended = [], [], [], Counter(), 0, 0
+        self.frames, self.parts, self.rejects, self.dropped, self.size, self.height, self.mended = [], [], [], Counter(), 0, 0, 0
 
     def reject(self, entry: dict[str, Any], line: int, reason: str, excerpt: str | bytes, id: str | None = "") -> None:
         """Count a record that cannot be used, or refuse to go on. Many rejects are written as several shards."""
@@ -157,10 +157,10 @@ class Reader:
                 bad(*told)
             frame = named(frame.filter(pl.col("reason") == ""), entry, config)
             size = int(frame["text"].str.len_bytes().sum())
-            if self.size + size > config.shard_bytes or sum(map(len, self.frames)) > 250_000:  # short documents fill memory too
+            if self.size + size > config.shard_bytes or self.height > 250_000:  # short documents fill memory too
                 self.flush()
             self.frames += [frame.select(*SCHEMA, "where")] if frame.height else []
-            self.size, self.mended = self.size + size, self.mended + int(frame["mended"].sum())
+            self.size, self.height, self.mended = self.size + size, self.height + frame.height, self.mended + int(frame["mended"].sum())
 
     def flush(self) -> None:
         """Write the documents at hand as a part, and their keys."""
@@ -169,7 +169,7 @@ class Reader:
             write_shard(keys_of(frame, self.config.seed), self.scratch / f"{name}-keys.parquet")
             write_shard(frame.drop("where"), self.scratch / f"{name}.parquet")
             self.parts.append({"name": name, "rows": frame.height, "size": self.size})
-        self.frames, self.size = [], 0
+        self.frames, self.size, self.height = [], 0, 0
 
     def facts(self) -> dict[str, Any]:
         """Write what is left; the parts {name, rows, size}, the count of each reason, and of mended documents."""
