@@ -22,7 +22,7 @@ import polars as pl
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from xxhash import xxh3_128_digest
-from .config import identity, markdown_table
+from .config import ShisaError, identity, markdown_table
 from .stage import Artifact, ShardConfig, Stage, Work, need, reject_frame, run_stage, write_shard
 from .text import KEYS, MIX, SHIFT, codepoints, compiled, fold, folded_blocks, gram_hashes, ngram_hashes, normalise
 
@@ -56,7 +56,7 @@ def _sign_kernel(starts, codes, hashes, size, keys, mix, signatures):
                 value += np.uint64(codes[begin + place]) * keys[place]
             value = (value ^ (value >> shift)) * mix
             signature[((value >> shift) * places) >> shift] = np.uint32(value)
-        for value in hashes[begin : end - size + 1]:
+        for value in hashes[begin : max(end - size + 1, begin)]:
             place, low = ((value >> shift) * places) >> shift, np.uint32(value)
             if low < signature[place]:
                 signature[place] = low
@@ -137,7 +137,8 @@ def groups(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows that stand in packed pairs (int64, ascending), and for each the smallest row that it is linked with."""
     ones, others = unpack(pairs)
     rows = np.unique(np.concatenate([ones, others]))
-    links = coo_array((np.ones(ones.size, bool), (np.searchsorted(rows, ones), np.searchsorted(rows, others))), shape=(rows.size,) * 2)
+    places = np.searchsorted(rows, ones), np.searchsorted(rows, others)
+    links = coo_array((np.ones(ones.size, bool), places), shape=(rows.size, rows.size))
     labels = connected_components(links, directed=False)[1] if rows.size else rows
     _, first = np.unique(labels, return_index=True)  # rows ascend: the first of a label is the smallest
     return rows, rows[first[labels]]
@@ -195,7 +196,8 @@ def sign_shard(shard: Path, folder: Path, config: Config) -> dict[str, Any]:
     halves = np.concatenate([*own, np.empty((0, 2), np.uint64)]).T
     keys = [halves, *(band_keys(signatures, rows) for rows in (config.rows, config.group_rows))]
     keep_array(folder / f"keys-{shard.stem}.npy", np.concatenate(keys))
-    facts = frame.select("id", characters=pl.col("text").str.len_chars(), paired=pl.col("meta").str.json_path_match("$.pair").is_not_null())
+    paired = pl.col("meta").str.json_path_match("$.pair").is_not_null()
+    facts = frame.select("id", characters=pl.col("text").str.len_chars(), paired=paired)
     write_shard(facts, folder / f"facts-{shard.stem}.parquet")
     return {"rows": frame.height, "by_source": dict(frame.group_by("source").len().sort("source").iter_rows())}
 
@@ -270,7 +272,7 @@ def join(label: str, lines: tuple[int, int], signed: Signed, work: Work, config:
     items = [(label, line, min(line + step, lines[1]), part, parts) for line in range(*lines, step) for part in range(parts)]
     work.map_shards(f"pairs {label}", partial(join_bands, folder=work.scratch, stems=signed.stems), items, config)
     files = [work.scratch / f"pairs-{label}-{line}-{part}.npy" for _, line, _, part, _ in items]
-    return np.unique(np.concatenate([np.load(file) for file in files]))
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *(np.load(file) for file in files)]))
 
 
 def shard_sets(shard: Path, folder: Path, bases: dict[str, int], config: Config) -> dict[str, int]:
@@ -316,8 +318,8 @@ def verify(found: dict[str, np.ndarray], shards: list[Path], signed: Signed, wor
     for label, pairs in found.items():
         keep_array(work.scratch / f"candidates-{label}.npy", pairs)
         weight = np.cumsum(sum(sizes[np.searchsorted(used, rows)] for rows in unpack(pairs)))
-        cuts = np.flatnonzero(np.diff(weight // SET_ITEMS_AT_ONCE, prepend=-1)) if pairs.size else np.empty(0, np.int64)
-        items += [(label, int(a), int(b)) for a, b in zip(cuts, [*cuts[1:], pairs.size], strict=True)]
+        cuts = [*np.flatnonzero(np.diff(weight // SET_ITEMS_AT_ONCE, prepend=-1)).tolist(), pairs.size]  # the first is 0
+        items += [(label, first, end) for first, end in zip(cuts, cuts[1:]) if first < end]
     limits = {"near": config.near, "loose": config.group}
     work.map_shards("compare", partial(compare, folder=work.scratch, stems=signed.stems, limits=limits), items, config)
     parts = {label: [np.load(work.scratch / f"verified-{own}-{first}.npy") for own, first, _ in items if own == label]
@@ -329,18 +331,18 @@ def write_kept(item: tuple[int, Path], work_path: Path, signed: Signed) -> dict[
     """Pass 5: documents-NNNNN.parquet with `cluster`, and rejects-NNNNN.parquet, of one shard."""
     number, shard = item
     frame, base = pl.read_parquet(shard).with_row_index("row"), signed.bases[shard.stem]
-    def own(name: str) -> pl.DataFrame:
-        return pl.scan_parquet(signed.folder / name).filter(pl.col("row").is_between(base, base + frame.height - 1)).with_columns(
-            (pl.col("row") - base).cast(pl.UInt32)).collect()
-
-    fates = frame.join(own("fates.parquet"), on="row")
+    mine = pl.col("row").is_between(base, base + frame.height - 1)
+    fates, clusters = (pl.scan_parquet(signed.folder / f"{name}.parquet").filter(mine).collect().with_columns(
+        (pl.col("row") - base).cast(pl.UInt32)) for name in ("fates", "clusters"))
+    fates = frame.join(fates, on="row")
     rejects = fates.select("id", "reason", excerpt=pl.col("text").str.head(200), where="kept: " + pl.col("kept_id"))
-    kept = frame.join(fates.select("row"), on="row", how="anti").join(own("clusters.parquet"), on="row", how="left", maintain_order="left")
+    kept = frame.join(clusters, on="row", how="left", maintain_order="left").filter(~pl.col("row").is_in(fates["row"].implode()))
     kept = kept.with_columns(cluster=pl.coalesce("cluster", "id")).drop("row")
     write_shard(kept, work_path / f"documents-{number:05d}.parquet")
     write_shard(reject_frame(rejects.iter_rows(named=True)), work_path / f"rejects-{number:05d}.parquet")
     return {"kept": kept.height, "dropped": dict(fates.group_by("reason").len().sort("reason").iter_rows()),
-            "characters": int(kept["text"].str.len_chars().sum()), "by_source": dict(kept.group_by("source").len().sort("source").iter_rows())}
+            "characters": int(kept["text"].str.len_chars().sum()),
+            "by_source": dict(kept.group_by("source").len().sort("source").iter_rows())}
 
 
 def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, Any]:
@@ -353,6 +355,8 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     exact = signed.fates(join("exact", (0, 1), signed, work, config), "exact duplicate")
     keep_array(work.scratch / "gone.npy", exact["row"].sort().to_numpy())
     bands, loose_bands = config.places // config.rows, config.places // config.group_rows
+    if not (bands and loose_bands):
+        raise ShisaError(f"rows, group_rows: more than the {config.places} places of a signature; lower them")
     found = {"near": join("near", (2, 2 + bands), signed, work, config),
              "loose": join("loose", (2 + bands, 2 + bands + loose_bands), signed, work, config)}
     holds = verify(found, shards, signed, work, config)
@@ -376,11 +380,8 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
 
 def _by_source(read: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Documents read and kept by source."""
-    sums = [Counter(), Counter()]
-    for total, facts in zip(sums, (read, kept), strict=True):
-        for fact in facts:
-            total.update(fact["by_source"])
-    return [{"source": source, "read": count, "kept": sums[1][source]} for source, count in sorted(sums[0].items())]
+    before, after = (sum((Counter(fact["by_source"]) for fact in facts), Counter()) for facts in (read, kept))
+    return [{"source": source, "read": count, "kept": after[source]} for source, count in sorted(before.items())]
 
 
 STAGE = Stage("12_dedup", 2, ("11_filters",), config, run)

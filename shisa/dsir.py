@@ -33,7 +33,7 @@ class Config(ShardConfig):
     target_files: tuple[str, ...] = placement((), "files whose texts are the target (by content); {lang} stands for the language")
     target_hub: str = identity("", "Parquet files of a Hub data set as the target; {lang} stands for the language")
     target_bytes: int = identity(200_000_000, "of the Hub's target, UTF-8 bytes a language to read", gt=0)
-    fit_bytes: int = identity(1_000_000_000, "of a larger corpus, UTF-8 bytes whose features stand for it (whole documents)", gt=0)
+    fit_bytes: int = identity(1_000_000_000, "of a larger corpus, UTF-8 bytes whose features stand for it", gt=0)
     share: float = identity(0.9, "share of each language's documents to draw", gt=0, le=1)
     documents: dict[str, int] = identity({}, "documents of a language to draw, in place of the share")
     features: Literal["characters", "words", "pieces"] = identity("characters", "what an n-gram is made of")
@@ -142,11 +142,13 @@ def gumbel(ids: Iterable[str], seed: int) -> np.ndarray:
 
 
 def kth_largest(parts: list[np.ndarray], k: int) -> float:
-    """The k-th largest number of all parts together, found digit by digit (base 2¹⁶): no part needs to be in memory."""
+    """The k-th largest number of all parts together (∞ for none), digit by digit (base 2¹⁶): no part needs to be in memory."""
     def ordered(part: np.ndarray) -> np.ndarray:  # float64 -> uint64 in the same order
         bits = np.ascontiguousarray(part, np.float64).view(np.uint64)
         return np.where(bits >> np.uint64(63), ~bits, bits | np.uint64(1 << 63))
 
+    if k < 1:
+        return float("inf")
     found, left = 0, k
     for shift in (48, 32, 16, 0):
         counts = np.zeros(1 << 16, np.int64)
@@ -188,7 +190,7 @@ def hub_texts(pattern: str, size: int) -> Iterator[pl.Series]:
                     if size <= 0:
                         return
     except (OSError, KeyError, ValueError) as error:
-        raise ShisaError(f"{pattern}: cannot be read ({str(error)[:120]}); check the network, the name and the revision") from None
+        raise ShisaError(f"{pattern}: cannot be read ({str(error)[:120]}); check the network, name and revision") from None
 
 
 def text_bytes(shard: Path) -> int:
@@ -204,7 +206,8 @@ def count_shard(shard: Path, folder: Path, config: Config, rate: float) -> dict[
     for (lang,), rows in frame.group_by("lang"):
         target = rows.filter(pl.col("source").is_in(config.target))
         some = rows.filter(pl.Series(uniform(rows["id"], config.seed + 1) < rate)) if rate < 1 else rows
-        keep_array(folder / f"counts-{lang}-{shard.stem}.npy", np.stack([count_features(part["text"], config) for part in (some, target)]))
+        counts = np.stack([count_features(part["text"], config) for part in (some, target)])
+        keep_array(folder / f"counts-{lang}-{shard.stem}.npy", counts)
     return dict(frame.group_by("lang").len().sort("lang").iter_rows())
 
 
@@ -227,13 +230,15 @@ def write_drawn(item: tuple[int, Path], folder: Path, scratch: Path, limits: dic
         weights[own], keys[own] = np.load(scratch / f"weights-{lang}-{shard.stem}.npy")
     limit = frame["lang"].replace_strict(limits, return_dtype=pl.Float64)
     weighed = frame.with_columns(weight=pl.Series(weights), drawn=pl.Series(keys) >= limit)
-    left = weighed.filter(~pl.col("drawn")).select("id", reason=pl.lit("not drawn"), excerpt="text", where="source")
+    left = weighed.filter(~pl.col("drawn"))
+    left = left.select("id", reason=pl.lit("not drawn"), excerpt=pl.col("text").str.head(200), where="source")
     kept = weighed.filter("drawn").drop("drawn")
     write_shard(kept, folder / f"documents-{number:05d}.parquet")
-    write_shard(reject_frame(left.with_columns(pl.col("excerpt").str.head(200)).iter_rows(named=True)), folder / f"rejects-{number:05d}.parquet")
-    by_source = weighed.group_by("source").agg(pl.len(), pl.col("drawn").sum(), pl.col("weight").sum())
-    return {"characters": int(kept["text"].str.len_chars().sum()), "by_language": dict(kept.group_by("lang").len().sort("lang").iter_rows()),
-            "by_source": by_source.sort("source").rows()}
+    write_shard(reject_frame(left.iter_rows(named=True)), folder / f"rejects-{number:05d}.parquet")
+    weight = pl.col("weight").filter(pl.col("weight").is_finite()).sum()
+    by_source = weighed.group_by("source").agg(pl.len(), pl.col("drawn").sum(), weight)
+    return {"characters": int(kept["text"].str.len_chars().sum()),
+            "by_language": dict(kept.group_by("lang").len().sort("lang").iter_rows()), "by_source": by_source.sort("source").rows()}
 
 
 def fit(langs: list[str], stems: list[str], work: Work, config: Config) -> None:
@@ -264,12 +269,14 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     for lang, count in sorted(total.items()):
         files = [work.scratch / f"weights-{lang}-{stem}.npy" for stem in stems]
         keys = [np.load(file, mmap_mode="r")[1] for file in files if file.is_file()]
-        limits[lang] = kth_largest(keys, min(max(config.documents.get(lang, round(config.share * count)), 1), count))
-    written = work.map_shards("write", partial(write_drawn, folder=work.path, scratch=work.scratch, limits=limits), list(enumerate(shards)), config)
+        limits[lang] = kth_largest(keys, min(config.documents.get(lang, max(round(config.share * count), 1)), count))
+    step = partial(write_drawn, folder=work.path, scratch=work.scratch, limits=limits)
+    written = work.map_shards("write", step, list(enumerate(shards)), config)
     drawn = sum((Counter(fact["by_language"]) for fact in written), Counter())
     kept, there = drawn.total(), total.total()
     work.balance(there, kept, {"not drawn": there - kept})
-    rows = pl.DataFrame([row for fact in written for row in fact["by_source"]], orient="row", schema=["source", "documents", "drawn", "weight"])
+    schema = {"source": pl.String, "documents": pl.Int64, "drawn": pl.Int64, "weight": pl.Float64}
+    rows = pl.DataFrame([row for fact in written for row in fact["by_source"]], orient="row", schema=schema)
     sums = rows.group_by("source").agg(pl.col("documents", "drawn", "weight").sum()).sort("source")
     return {"selected_share": kept / there, "by_language": {lang: drawn[lang] / total[lang] for lang in sorted(total)},
             "characters": sum(fact["characters"] for fact in written), "target": list(config.target),
@@ -280,10 +287,12 @@ def external(config: Config) -> dict[str, str]:
     """SHA-256 by name of the files that are read from outside; the Hub is named by its revision."""
     named = [Path(name.format(lang=lang)) for name in config.target_files for lang in ("ja", "en")]
     named += [Path(config.pieces)] if config.features == "pieces" else []
-    for path in named:
+    marks: dict[str, list[str]] = {}
+    for path in dict.fromkeys(named):
         if not path.is_file():
             raise ShisaError(f"{path}: no such file; name the target's files (or the .model) anew")
-    return {path.name: file_sha256(path) for path in named}
+        marks.setdefault(path.name, []).append(file_sha256(path))  # files of one name may stand in several folders
+    return {name: " ".join(own) for name, own in marks.items()}
 
 
 STAGE = Stage("13_dsir", 2, ("12_dedup",), config, run, external)
