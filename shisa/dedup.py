@@ -270,7 +270,7 @@ def join(label: str, lines: tuple[int, int], signed: Signed, work: Work, config:
     parts = -(-signed.rows // ROWS_AT_ONCE)
     step = max(ROWS_AT_ONCE // max(signed.rows, 1), 1)
     items = [(label, line, min(line + step, lines[1]), part, parts) for line in range(*lines, step) for part in range(parts)]
-    work.map_shards(f"pairs {label}", partial(join_bands, folder=work.scratch, stems=signed.stems), items, config)
+    work.map_shards(f"pairs-{label}", partial(join_bands, folder=work.scratch, stems=signed.stems), items, config)
     files = [work.scratch / f"pairs-{label}-{line}-{part}.npy" for _, line, _, part, _ in items]
     return np.unique(np.concatenate([np.empty(0, np.uint64), *(np.load(file) for file in files)]))
 

@@ -8,7 +8,6 @@ __all__ = ['MIN_LINE', 'DOMAIN', 'STAGE', 'Evidence', 'Benchmarks', 'contaminate
            'offered_lines', 'keep_wanted', 'find_lines', 'write_split', 'decide', 'choose', 'run', 'plot']
 
 # %% ../nbs/14_split.ipynb #3230bf33
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -347,7 +346,6 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     step = partial(clean_shard, out=work.path, scratch=scratch, config=config)
     cleaned = work.map_shards("clean", step, list(enumerate(shards)), config)
     facts = decide([fact["clean"] for fact in cleaned], work, config)
-
     work.map_shards("lines", partial(offered_lines, scratch=scratch), numbers, config)
     lines = pl.concat([pl.read_parquet(scratch / f"lines-{number:05d}.parquet") for number in numbers])
     wanted = keep_wanted(lines, scratch)
