@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'identity', 'numeric', 'placement', 'PROFILES', 'THREADS', 'ShisaError', 'StageConfig', 'ShardConfig',
-           'canonical', 'fingerprint', 'file_sha256', 'write_json', 'differences', 'check_profile', 'project_root',
-           'run_root', 'environment', 'die_with_parent', 'one_thread_each', 'require_exported', 'markdown_table']
+           'canonical', 'fingerprint', 'file_sha256', 'write_json', 'keep_array', 'differences', 'check_profile',
+           'project_root', 'run_root', 'environment', 'die_with_parent', 'one_thread_each', 'require_exported',
+           'markdown_table']
 
 # %% ../nbs/lib/00_config.ipynb #9bcbee17
 import ctypes
@@ -23,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 # %% ../nbs/lib/00_config.ipynb #d13d8f7a
@@ -104,6 +106,14 @@ def write_json(path: Path, value: Any) -> None:
     """Write indented JSON so that a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def keep_array(path: Path, array: np.ndarray) -> None:
+    """Write an array as .npy so that a reader sees the whole file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as handle:
+        np.save(handle, array)
     os.replace(temporary, path)
 
 # %% ../nbs/lib/00_config.ipynb #da1a1827

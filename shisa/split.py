@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 from .config import ShisaError, fingerprint, identity, markdown_table, placement
-from .dedup import groups_of, keep_array
+from .dedup import groups_of
 from .dsir import uniform
 from .evalsets import data_fingerprint, evaluation_texts
 from .sample import data_folder
-from .stage import Artifact, ShardConfig, Stage, Work, need, reject_frame, run_stage, write_shard
+from .stage import Artifact, ShardConfig, Stage, Work, keep_array, need, reject_frame, run_stage, write_shard
 from .text import KEYS, MIX, SHIFT, compiled, folded_blocks, gram_hashes, letters, ngram_hashes
 
 # %% ../nbs/14_split.ipynb #e325b99a

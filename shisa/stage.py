@@ -28,7 +28,7 @@ import polars as pl
 from filelock import FileLock, Timeout
 from shisa.config import (
     THREADS, ShardConfig, ShisaError, StageConfig, check_profile, die_with_parent, differences, environment, file_sha256, fingerprint,
-    one_thread_each, require_exported, run_root, write_json,
+    keep_array, one_thread_each, require_exported, run_root, write_json,
 )
 
 # %% ../nbs/lib/01_stage.ipynb #10d9fc73

@@ -30,23 +30,20 @@ def units_of(body: str, features: str) -> list[int]:
     return [xxh32_intdigest(word.encode()) for word in re.findall(r"\w+|[^\w\s]+", body.lower())]
 
 
-def bucket(units: list[int], buckets: int) -> int:
-    """The bucket of an n-gram: the hash of shisa.text, its upper half spread over the buckets."""
-    mask = 2**64 - 1
-    value = sum(unit * int(key) for unit, key in zip(units, text.KEYS, strict=False)) & mask
-    value = (value ^ value >> 32) * int(text.MIX) & mask
-    return (value >> 32) * buckets >> 32
+def bucket(units: list[int], bits: int) -> int:
+    """The bucket of an n-gram: the upper bits of the sum of its units' products with fixed odd numbers."""
+    return (sum(unit * int(key) for unit, key in zip(units, text.KEYS, strict=False)) & 2**64 - 1) >> 64 - bits
 
 
 def buckets_of(body: str, config: dsir.Config) -> list[int]:
     """The bucket of every n-gram of 1 to `longest` units of a text."""
     units = units_of(body, config.features)
-    return [bucket(units[first : first + size], config.buckets)
+    return [bucket(units[first : first + size], config.bits)
             for size in range(1, config.longest + 1) for first in range(len(units) - size + 1)]
 
 
-CONFIGS = st.builds(lambda features, longest, buckets: dsir.Config(features=features, longest=longest, buckets=buckets),
-                    st.sampled_from(["characters", "words"]), st.integers(1, 4), st.sampled_from([2, 7, 64, 10_000]))
+CONFIGS = st.builds(lambda features, longest, bits: dsir.Config(features=features, longest=longest, bits=bits),
+                    st.sampled_from(["characters", "words"]), st.integers(1, 4), st.sampled_from([1, 5, 12, 16]))
 
 
 @given(TEXTS, CONFIGS)
@@ -54,21 +51,21 @@ CONFIGS = st.builds(lambda features, longest, buckets: dsir.Config(features=feat
 def test_counts_are_the_plain_ones(texts, config):
     expected = Counter(place for body in texts for place in buckets_of(body, config))
     found = dsir.count_features(pl.Series(texts), config)
-    assert found.tolist() == [expected[place] for place in range(config.buckets)]
+    assert found.tolist() == [expected[place] for place in range(2**config.bits)]
 
 
 @given(TEXTS, CONFIGS, st.integers(0, 5), st.sampled_from(["mean", "sum"]))
 @quick
 def test_weights_are_the_plain_ones(texts, config, seed, length):
-    config = config.change(length=length)
-    ratio = np.random.default_rng(seed).normal(0, 3, config.buckets)
+    config = config.change(length=length, prior=30 * (seed % 2))
+    ratio = np.random.default_rng(seed).normal(0, 3, 2**config.bits)
     for body, weight in zip(texts, dsir.log_weights(pl.Series(texts), ratio, config), strict=True):
         places = buckets_of(body, config)
         if not places:
             assert weight == -math.inf
             continue
         total = sum(float(ratio[place]) for place in places)
-        expected = total if length == "sum" else config.sharpness * total / len(places)
+        expected = total if length == "sum" else config.sharpness * total / (len(places) + config.prior)
         assert weight == pytest.approx(expected, abs=1e-5 * max(len(places), 1))
 
 
@@ -154,7 +151,8 @@ def test_exactly_k_of_every_language_are_drawn_and_they_are_the_largest(tmp_path
     for lang in ("ja", "en"):
         own = [row["id"] for row in ROWS if row["lang"] == lang]
         k = round(0.37 * len(own))
-        keys = np.concatenate([np.load(path)[1] for path in sorted(work.scratch.glob(f"weights-{lang}-*.npy"))])
+        keys = np.concatenate([np.load(path)[1] for path in sorted(work.scratch.glob("weights-*.npy"))])
+        keys = keys[[row["lang"] == lang for row in ROWS]]
         assert np.unique(keys).size == len(own)
         assert {id for id in own if id in ids} == {own[place] for place in np.argsort(-keys)[:k]}
         assert metrics["by_language"][lang] == k / len(own)
@@ -192,11 +190,11 @@ def test_a_part_of_the_corpus_stands_for_it(tmp_path):
     size = sum(len(row["text"].encode()) for row in rows)
     whole, _, full = drawn(rows, config, tmp_path / "whole", [100, 200])
     part, _, some = drawn(rows, config.change(fit_bytes=size // 3), tmp_path / "part", [100, 200])
-    counted = [sum(np.load(path)[0].sum() for path in work.scratch.glob("counts-*.npy")) for work in (full, some)]
+    counted = [sum(np.load(path)[::2].sum() for path in work.scratch.glob("counts-*.npy")) for work in (full, some)]
     assert 0.15 < counted[1] / counted[0] < 0.6
     assert len(set(whole) & set(part)) > 0.9 * len(whole)
     both = sorted(set(whole) & set(part))
-    assert np.corrcoef([whole[id] for id in both], [part[id] for id in both])[0, 1] > 0.95
+    assert np.corrcoef([whole[id] for id in both], [part[id] for id in both])[0, 1] > 0.85
 
 
 # ── targets ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -236,11 +234,10 @@ def test_a_target_of_parquet_files_is_read_until_it_is_large_enough(tmp_path):
     bodies = [row["text"] for row in ROWS if row["lang"] == "ja" and row["source"] == "sample/tale"]
     pl.DataFrame({"text": bodies, "title": bodies}).write_parquet(tmp_path / "ja.parquet", row_group_size=2)
     pattern = str(tmp_path / "{lang}.parquet")
-    parts = list(dsir.hub_texts(pattern.format(lang="ja"), 10**9))
-    assert [body for part in parts for body in part] == bodies
-    assert len(list(dsir.hub_texts(pattern.format(lang="ja"), 1))) == 1
     config = dsir.Config(target_hub=pattern)
-    assert np.array_equal(dsir.target_counts("ja", config), dsir.count_features(pl.Series(bodies), config))
+    for rows in (3, len(bodies), 50_000):
+        counts = dsir.target_counts("ja", config.change(target_rows=rows))
+        assert np.array_equal(counts, dsir.count_features(pl.Series(bodies[:rows]), config))
     with pytest.raises(ShisaError, match="cannot be read") as caught:
         dsir.target_counts("ja", config.change(target_hub=str(tmp_path / "nothing.parquet")))
     assert "\n" not in str(caught.value)
