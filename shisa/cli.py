@@ -139,8 +139,7 @@ def extend(texts: Annotated[list[Path], typer.Argument(help="Japanese text in UT
            words: Annotated[list[str], typer.Option(help="a word list and its share, as wordfreq=0.3; may be repeated")] = []) -> None:
     """Extend a tokenizer with pieces learnt from text files (each a domain), prove it, and write its folder."""
     from shisa.base import mistral_model_file, save_proved
-    from shisa.sample import documents
-    from shisa.sources import read_texts
+    from shisa.sample import documents, read_texts
     from shisa.tokenizer import extend as extend_base, open_base, word_lists
 
     if out.exists():

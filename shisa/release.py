@@ -23,6 +23,7 @@ import polars as pl
 
 from .chat_format import CHAT_TEMPLATE
 from .config import ShisaError, StageConfig, identity, numeric, placement
+from .sample import share_alike
 from .stage import Artifact, Stage, Work
 
 # %% ../nbs/80_release.ipynb #d73fc244
@@ -326,9 +327,11 @@ def card(root: Path, title: str, parameters: int, scores: pl.DataFrame) -> str:
              "pre-training, supervised fine-tuning and direct preference optimisation. Every number below is read from "
              "the manifests of the run.\n")
     listed = [{"source": r["source"], "licence": r["licence"], "used from": r["stage"]} for r in sources]
+    alike = ", ".join(sorted({r["licence"] for r in sources if share_alike(r["licence"])}))
+    asked = f"\nShare-alike: {alike}. What is adapted from text under these is to be shared under the same terms.\n" if alike else ""
     sections = [intro, USE, bits_section(root), tuning_section(root), scores_section(scores),
                 contamination_section(root), LIMITS.format(size=size_limit(parameters)),
-                "## Sources and licences\n\n" + (_table(listed) if listed else "No source was recorded.") + "\n"]
+                "## Sources and licences\n\n" + (_table(listed) if listed else "No source was recorded.") + "\n" + asked]
     return front_matter(title, base, sources) + "\n" + "\n".join(section for section in sections if section)
 
 # %% ../nbs/80_release.ipynb #bd7f53ff

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['SCRIPTS', 'CHARACTER_RANGES', 'BYTE_ALPHABET', 'KEYS', 'MIX', 'SHIFT', 'codepoints', 'script_shares', 'has_cjk',
            'in_ranges', 'readable_bytes', 'normalise', 'letters', 'compiled', 'utf8', 'fold', 'folded_blocks',
-           'script_counts', 'gram_hashes', 'ngram_hashes', 'with_domain', 'texts_by_domain', 'read_text_lines']
+           'script_counts', 'gram_hashes', 'ngram_hashes', 'with_domain', 'texts_by_domain', 'TornFile',
+           'ExpandingFile', 'stream_blocks', 'line_blocks', 'read_text_lines']
 
 # %% ../nbs/lib/02_text.ipynb #a13a53c1
-import gzip
 import re
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import polars as pl
@@ -315,42 +315,86 @@ def texts_by_domain(documents: pl.DataFrame, cap: int, seed: int) -> dict[str, l
     return found
 
 # %% ../nbs/lib/02_text.ipynb #f700cfb2
-def _zst_blocks(path: Path) -> Iterator[bytes]:
-    """The decompressed blocks of a zstd file; raises EOFError when its last frame is incomplete."""
-    decompressor, ended = zstandard.ZstdDecompressor().decompressobj(), True
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            while block:
-                yield decompressor.decompress(block)
-                block, ended = decompressor.unused_data, decompressor.eof
+class TornFile(Exception):
+    """A compressed stream that cannot be read to its end: it stops early, is damaged, or is none."""
+
+
+class ExpandingFile(TornFile):
+    """A compressed stream that gives far more bytes than any text does."""
+
+
+_SLICE, _BLOCK, _FREE = 1 << 12, 1 << 20, 1 << 26  # 4 KiB of zstd give 128 MiB at most, so that no call fills the memory
+
+
+def _inflated(handle: BinaryIO, ending: str, expansion: int) -> Iterator[bytes]:
+    """The content of a .gz or .zst stream, member by member, piece by piece; raises `TornFile`."""
+    start = partial(zlib.decompressobj, 31) if ending == ".gz" else zstandard.ZstdDecompressor().decompressobj
+    decompressor, ended, taken, given = start(), None, 0, 0
+    while block := handle.read(_BLOCK):
+        for place in range(0, len(block), _SLICE):
+            rest = block[place : place + _SLICE]
+            taken += len(rest)
+            while rest := rest.lstrip(b"\0") if ended else rest:  # tapes and some writers pad the end with zeros
+                try:
+                    piece = decompressor.decompress(rest)
+                except (zstandard.ZstdError, zlib.error) as error:
+                    raise TornFile(str(error)) from None
+                yield piece
+                given += len(piece)
+                if expansion and given > max(_FREE, expansion * taken):
+                    raise ExpandingFile(f"{taken:,} bytes have given {given:,}")
+                rest, ended = decompressor.unused_data, decompressor.eof
                 if ended:
-                    decompressor = zstandard.ZstdDecompressor().decompressobj()
-    if not ended:
-        raise EOFError("the last frame is incomplete")
+                    decompressor = start()
+    if ended is False:
+        raise TornFile("it ends too early")
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    if path.suffix == ".zst":
-        yield from _zst_blocks(path)
+def stream_blocks(handle: BinaryIO, ending: str = "", expansion: int = 0) -> Iterator[bytes]:
+    """The content of a stream (`ending` .gz or .zst: decompressed) in blocks of about 1 MiB. Raises `TornFile`, after all that
+    is whole; and `ExpandingFile` where more than 64 MiB came, and more than `expansion` times what was read (0: no limit)."""
+    if ending not in (".gz", ".zst"):
+        yield from iter(partial(handle.read, _BLOCK), b"")
         return
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            yield block
+    kept, size, torn = [], 0, None
+    try:
+        for piece in _inflated(handle, ending, expansion):
+            for place in range(0, len(piece), _BLOCK):
+                kept.append(piece[place : place + _BLOCK])
+                if (size := size + len(kept[-1])) >= _BLOCK:
+                    yield b"".join(kept)
+                    kept, size = [], 0
+    except TornFile as error:
+        torn = error
+    if kept:
+        yield b"".join(kept)
+    if torn:
+        raise torn
+
+
+def line_blocks(handle: BinaryIO, ending: str = "", longest: int = 0, expansion: int = 0) -> Iterator[list[bytes]]:
+    """The lines of a stream without their ends, some at a time. One over `longest` bytes (0: no limit) may come cut, but to more
+    than `longest`: memory stays bounded, and the reader sees it. Raises as `stream_blocks` does, after the last whole line."""
+    rest = b""
+    for block in stream_blocks(handle, ending, expansion):
+        *lines, rest = (rest + block).split(b"\n")
+        yield lines
+        if longest and len(rest) > longest:
+            rest = rest[: longest + 1]
+    if rest:
+        yield [rest]
 
 
 def read_text_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, line without its end) for every line of a plain, .gz or .zst file; a torn or damaged compressed
     file is a `ShisaError`. A carriage return before the end is left to the caller (JSON does not mind it)."""
-    rest, number = b"", 0
+    path, number = Path(path), 0
     try:
-        for block in _blocks(Path(path)):
-            *lines, rest = (rest + block).split(b"\n")
-            for line in lines:
-                number += 1
-                yield number, line
-    except (EOFError, zstandard.ZstdError, gzip.BadGzipFile, zlib.error) as error:
+        with open(path, "rb") as handle:
+            for lines in line_blocks(handle, path.suffix):
+                yield from enumerate(lines, number + 1)
+                number += len(lines)
+    except TornFile as error:
         raise ShisaError(f"{path}:{number + 1}: the compressed file is torn ({error}); fetch it again") from None
     except OSError as error:
         raise ShisaError(f"{path}: cannot be read ({error.strerror or error}); check the path and its rights") from None
-    if rest:
-        yield number + 1, rest

@@ -234,6 +234,7 @@ def test_card_says_what_was_measured(toy_run: Path) -> None:
         "at chance",
         "wiki\\|leads",
         "CC BY-SA 4.0",
+        "Share-alike: CC BY-SA 4.0. What is adapted",
         "removed by decontamination: 7",
         "0.004",
         "not a useful assistant",
