@@ -330,7 +330,7 @@ def write_kept(item: tuple[int, Path], work_path: Path, signed: Signed) -> dict[
     own = [pl.scan_parquet(signed.folder / name).filter(here).with_columns(local).collect() for name in ("fates.parquet", "clusters.parquet")]
     fates = frame.join(own[0], on="row")
     rejects = fates.select("id", "reason", excerpt=pl.col("text").str.head(200), where="kept: " + pl.col("kept_id"))
-    kept = frame.join(own[0], on="row", how="anti").join(own[1], on="row", how="left", maintain_order="left")
+    kept = frame.filter(~pl.col("row").is_in(own[0]["row"].implode())).join(own[1], on="row", how="left", maintain_order="left")
     kept = kept.with_columns(cluster=pl.coalesce("cluster", "id")).drop("row")
     write_shard(kept, work_path / f"documents-{number:05d}.parquet")
     write_shard(reject_frame(rejects.iter_rows(named=True)), work_path / f"rejects-{number:05d}.parquet")

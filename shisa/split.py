@@ -8,7 +8,6 @@ __all__ = ['MIN_LINE', 'DOMAIN', 'STAGE', 'Evidence', 'Benchmarks', 'contaminate
            'offered_lines', 'keep_wanted', 'find_lines', 'write_split', 'decide', 'choose', 'run', 'plot']
 
 # %% ../nbs/14_split.ipynb #3230bf33
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -115,7 +114,8 @@ def group_ids(*keys: pl.Series) -> np.ndarray:
     links = [np.empty(0, np.uint64)]
     for key in keys:
         table = pl.DataFrame({"key": key}).with_row_index("row").drop_nulls().with_columns(first=pl.col("row").min().over("key"))
-        first, row = (table.filter(pl.col("first") < pl.col("row"))[name].to_numpy().astype(np.uint64) for name in ("first", "row"))
+        later = table.filter(pl.col("first") < pl.col("row"))
+        first, row = (later[name].to_numpy().astype(np.uint64) for name in ("first", "row"))
         links.append(first << SHIFT | row)
     return np.array(groups_of(len(keys[0]), np.unique(np.concatenate(links))), np.int64)
 
@@ -152,7 +152,7 @@ def hold_out(members: dict[str, dict[str, int]], shared: dict[str, tuple[int, in
 
     Groups within `max_shared` come first, in a seeded order; where they leave a domain below half its quota, those that
     share least follow, as long as all held-out lines stay within `max_leak`. No domain goes far over its quota while a
-    smaller group will do, and none gives its only group. A domain is a source in one language.
+    smaller group will do, and none gives all it has. A domain is a source in one language.
     """
     quota = {domain: config.share * size for domain, size in total.items()}
     names = sorted(members)
@@ -168,13 +168,13 @@ def hold_out(members: dict[str, dict[str, int]], shared: dict[str, tuple[int, in
         nonlocal leak
         for group in offered:
             leaked, lines = leak + shared[group]
-            fits = all(filled[name] + size <= most * quota[name] for name, size in members[group].items())
+            after = {name: filled[name] + size for name, size in members[group].items()}
+            fits = all(size <= most * quota[name] and size < total[name] for name, size in after.items())
             wanted = group not in taken and filled[domain] < enough * quota[domain]
             if wanted and fits and leaked <= config.max_leak * max(lines, 100):
                 taken.add(group)
                 leak = leak + shared[group]
-                for name, size in members[group].items():
-                    filled[name] += size
+                filled.update(after)
 
     for limit, enough in ((config.max_shared, 1.0), (1.0, 0.5)):
         # small domains first; then those with least so far, because what may leak is soon used up
@@ -195,7 +195,7 @@ class Config(ShardConfig):
     max_shared: float = identity(0.004, "share of a group's lines that may stand elsewhere, if offered first", ge=0, le=1)
     max_leak: float = identity(0.009, "share of all held-out lines that may stand elsewhere", ge=0, le=1)
     benchmarks: bool = identity(False, "compare with the benchmarks of the data folder, not the sample's items alone")
-    ngram: int = identity(13, "letters in an n-gram of decontamination", ge=5)
+    ngram: int = identity(13, "letters in an n-gram of decontamination", ge=5, le=64)
     contained: float = identity(0.6, "an item's line is found when this share of its n-grams is", gt=0, le=1)
     run: int = identity(40, "or when this many letters in a row stand in an item", ge=5)
     seed: int = identity(1, "of the order in which groups are offered")
@@ -313,9 +313,11 @@ def decide(counts: list[int], work: Work, config: Config) -> pl.DataFrame:
         raise ShisaError("fewer than two documents are left after decontamination; see the rejects, or add text")
     first = group_ids(facts["cluster"], facts["pair"])
     rate, noise = max(config.offered / max(facts["size"].sum(), 1), 8 * config.share), uniform(facts["id"], config.seed)
-    facts = facts.with_columns(group=pl.Series(first), offered=pl.Series(noise[first] < rate), random=pl.Series(noise < config.share))
+    offered, random = pl.Series(noise[first] < rate), pl.Series(noise < config.share)
+    facts = facts.with_columns(group=pl.Series(first), offered=offered, random=random)
     for number, (end, count) in enumerate(zip(np.cumsum(counts).tolist(), counts, strict=True)):
-        write_shard(facts.slice(end - count, count).select("group", "offered", "random"), work.scratch / f"decided-{number:05d}.parquet")
+        own = facts.slice(end - count, count).select("group", "offered", "random")
+        write_shard(own, work.scratch / f"decided-{number:05d}.parquet")
     return facts
 
 
@@ -327,7 +329,8 @@ def choose(facts: pl.DataFrame, lines: pl.DataFrame, shared: np.ndarray, config:
     for group, domain, size in zip(names, table["domain"], table["size"], strict=True):
         members.setdefault(group, {})[domain] = size
     lines = lines.filter("offered")
-    counts = lines.with_columns(elsewhere=pl.Series(np.isin(lines["hash"], shared))).group_by("group").agg(pl.col("elsewhere").sum(), pl.len())
+    elsewhere = pl.Series("elsewhere", np.isin(lines["hash"], shared))
+    counts = lines.with_columns(elsewhere).group_by("group").agg(pl.col("elsewhere").sum(), pl.len())
     found = dict(zip(facts["id"].gather(counts["group"]), counts.select("elsewhere", "len").rows(), strict=True))
     total = dict(facts.group_by("domain").agg(pl.col("size").sum()).iter_rows())
     taken = hold_out(members, {group: found.get(group, (0, 0)) for group in members}, total, config)
@@ -342,7 +345,6 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     step = partial(clean_shard, out=work.path, scratch=scratch, config=config)
     cleaned = work.map_shards("clean", step, list(enumerate(shards)), config)
     facts = decide([fact["clean"] for fact in cleaned], work, config)
-
     work.map_shards("lines", partial(offered_lines, scratch=scratch), numbers, config)
     lines = pl.concat([pl.read_parquet(scratch / f"lines-{number:05d}.parquet") for number in numbers])
     wanted = keep_wanted(lines, scratch)
@@ -371,7 +373,7 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
 def _sizes(written: list[dict[str, Any]]) -> dict[str, Any]:
     """UTF-8 bytes by language, and characters by source, in training and held out."""
     rows = pl.DataFrame([{"part": name, **size} for fact in written for name, sizes in fact["sizes"].items() for size in sizes])
-    tables = [rows.group_by(key).agg(*(pl.col(value).filter(part=name).sum().alias(name) for name in ("train", "heldout"))).sort(key)
+    tables = [rows.group_by(key).agg(pl.col(value).filter(part=name).sum().alias(name) for name in ("train", "heldout")).sort(key)
               for key, value in (("lang", "bytes"), ("source", "characters"))]
     languages = {name: {row["lang"]: row[name] for row in tables[0].to_dicts() if row[name]} for name in ("train", "heldout")}
     return {"bytes": languages, "by_source": tables[1].to_dicts()}

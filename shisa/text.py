@@ -150,9 +150,10 @@ def _fold_table() -> tuple[np.ndarray, np.ndarray]:
     joins = {chr(int(part[1], 16)) for part in parts if len(part) == 2 and part[0][0] != "<"} | {"Σ"}
     plain = [chr(code) for code in codes if not chr(code).isspace()]
     joins |= {c for c in map(chr, codes) if unicodedata.combining(c) or "\u1160" < c < "\u1200" or c.isspace()}
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", "\n".join(plain)).lower()).split("\n")
-    for character, result in zip(plain, folded, strict=True):
-        if not joins.isdisjoint(character + result):
+    halfway = unicodedata.normalize("NFKC", "\n".join(plain))
+    folded = unicodedata.normalize("NFKC", halfway.lower())
+    for character, middle, result in zip(plain, halfway.split("\n"), folded.split("\n"), strict=True):
+        if not joins.isdisjoint(character + middle + result):  # the middle of Ϲ and of 𝚺 is Σ
             table[ord(character)] = _COMPLEX
         elif len(result) == 1:
             table[ord(character)] = ord(result)
@@ -284,7 +285,9 @@ def _ngram_kernel(codes, keys, hashes):
 
 
 def gram_hashes(codes: np.ndarray, n: int) -> np.ndarray:
-    """One uint64 hash per run of n units (uint32), in order: none where there are fewer."""
+    """One uint64 hash per run of n units (uint32), in order: none where there are fewer. n is at most 64."""
+    if not 0 < n <= KEYS.size:
+        raise ValueError(f"n-grams of {n} units: from 1 to {KEYS.size} are hashed")
     hashes = np.empty(max(codes.size - n + 1, 0), np.uint64)
     compiled(_ngram_kernel)(codes, KEYS[:n], hashes)
     return hashes
