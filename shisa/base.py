@@ -13,14 +13,16 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from .config import ShisaError, StageConfig, file_sha256, fingerprint, identity, numeric
 from .launch import files_of
 from shisa.packing import (
-    Packed, check_packed, cut, draw, encode_documents, heldout_windows, pack, pad_id, score_windows,
+    Packed, Pieces, check_packed, cut, draw, encode_documents, heldout_windows, pack, pad_id, score_windows,
 )
 from .pieces import CONTROL, NORMAL, allowed, spm_processor, spm_proto, strip_padding
 from .stage import Artifact, Stage, Work
@@ -220,19 +222,21 @@ def draw_mix(tokenizer: Any, documents: pl.DataFrame, budgets: dict[str, int], l
     `documents` has the columns id, text, lang. Returns the packed sequences and, by language: documents there and drawn,
     tokens, passes over the text, characters of it. Raises `ShisaError` when a wanted language has no document.
     """
-    chosen, facts, offset = [], {}, 0
+    parts, facts, offset = [], {}, 0
     for lang, budget in sorted(budgets.items()):
         texts = documents.filter(pl.col("lang") == lang).sort("id")["text"].to_list()
         if budget and not texts:
             raise ShisaError(f"the train split has no document in {lang!r}, of which {budget} tokens are wanted")
-        pieces = cut(encode_documents(tokenizer, texts), length) if budget else []
-        taken = draw(pieces, budget, seed) if budget else []
-        once, tokens = sum(len(piece.tokens) for piece in pieces), sum(len(piece.tokens) for piece in taken)
-        facts[lang] = {"documents": len(texts), "drawn": len({piece.document % max(1, len(texts)) for piece in taken}),
-                       "tokens": tokens, "passes": round(tokens / max(1, once), 3), "characters": sum(map(len, texts))}
-        chosen += [piece._replace(document=piece.document + offset) for piece in taken]
-        offset = 1 + max((piece.document for piece in chosen), default=-1)
-    packed = pack(chosen, length, pad_id(tokenizer), seed)
+        pieces = cut(encode_documents(tokenizer, texts if budget else []), length)
+        chosen, turns = draw(pieces.sizes, budget, seed) if budget else (np.empty(0, np.int64), np.empty(0, np.int64))
+        taken = pieces.take(chosen)
+        once, tokens = int(pieces.sizes.sum()), int(taken.sizes.sum())
+        facts[lang] = {"documents": len(texts), "drawn": len(np.unique(taken.documents)), "tokens": tokens,
+                       "passes": round(tokens / max(1, once), 3), "characters": sum(map(len, texts))}
+        parts.append(replace(taken, documents=taken.documents + turns * len(texts) + offset))
+        offset += (1 + int(turns.max(initial=0))) * len(texts)
+    pieces = Pieces(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Pieces)))
+    packed = pack(pieces, length, pad_id(tokenizer), seed)
     check_packed(packed, tokenizer.bos_token_id, tokenizer.eos_token_id)
     return packed, facts
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'identity', 'numeric', 'placement', 'PROFILES', 'THREADS', 'ShisaError', 'StageConfig', 'ShardConfig',
-           'canonical', 'fingerprint', 'file_sha256', 'write_json', 'keep_array', 'differences', 'check_profile',
-           'project_root', 'run_root', 'environment', 'die_with_parent', 'one_thread_each', 'require_exported',
-           'markdown_table']
+           'canonical', 'fingerprint', 'file_sha256', 'uniform', 'write_json', 'keep_array', 'differences',
+           'check_profile', 'project_root', 'run_root', 'environment', 'die_with_parent', 'one_thread_each',
+           'require_exported', 'markdown_table']
 
 # %% ../nbs/lib/00_config.ipynb #9bcbee17
 import ctypes
@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from xxhash import xxh3_64_intdigest
 
 # %% ../nbs/lib/00_config.ipynb #d13d8f7a
 class ShisaError(Exception):
@@ -100,6 +101,12 @@ def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes, read in blocks."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def uniform(ids: Iterable[str], seed: int) -> np.ndarray:
+    """A number between 0 and 1 (float64, both excluded) that belongs to each id and the seed: XXH3-64, its upper 52 bits."""
+    numbers = np.array([xxh3_64_intdigest(id.encode(), seed) for id in ids], np.uint64)
+    return ((numbers >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52
 
 
 def write_json(path: Path, value: Any) -> None:

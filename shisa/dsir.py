@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_PROSE', 'WIKIPEDIA', 'STAGE', 'Keep', 'Config', 'config', 'unit_blocks', 'add_features', 'count_features',
-           'log_distribution', 'Weigher', 'log_weights', 'uniform', 'gumbel', 'kth_largest', 'target_counts',
+           'log_distribution', 'Weigher', 'weigh', 'log_weights', 'gumbel', 'kth_largest', 'target_counts',
            'text_bytes', 'lang_numbers', 'kinds_of', 'count_shard', 'keep_weights', 'weigh_shard', 'write_drawn', 'fit',
            'limits_of', 'run', 'external', 'plot', 'read_once', 'read_again', 'curate']
 
@@ -19,13 +19,13 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 from pyarrow.parquet import read_metadata
-from .config import ShisaError, file_sha256, identity, markdown_table, placement
+from .config import ShisaError, file_sha256, identity, markdown_table, placement, uniform
 from .dedup import Config as DedupConfig
 from .dedup import judge, shard_sets, sign_shard, signed_shards
-from .sources import bundled, read_texts
+from .sample import bundled, read_texts
 from .stage import Artifact, ShardConfig, Stage, Work, keep_array, need, reject_frame, run_stage, write_shard
 from .text import KEYS, compiled, folded_blocks
-from xxhash import xxh3_64_intdigest, xxh32_intdigest
+from xxhash import xxh32_intdigest
 
 # %% ../nbs/13_dsir.ipynb #d1ca7a59
 class Config(ShardConfig):
@@ -153,20 +153,19 @@ class Weigher:
         return np.where((self.sizes > 0) & (self.kinds >= 0), weights, -np.inf)
 
 
-def log_weights(texts: pl.Series, ratio: np.ndarray, config: Config) -> np.ndarray:
-    """The log weight of every text of one kind (float64 [n]); `ratio`: log target − log corpus, float64 [buckets]."""
-    weigher = Weigher(np.zeros(len(texts), np.int64), ratio[None], config)
+def weigh(texts: pl.Series, kinds: np.ndarray, ratios: np.ndarray, config: Config) -> Weigher:
+    """A `Weigher` that has seen all texts."""
+    weigher = Weigher(kinds, ratios, config)
     for block in unit_blocks(texts, config):
         weigher.add(*block)
-    return weigher.weights()
+    return weigher
+
+
+def log_weights(texts: pl.Series, ratio: np.ndarray, config: Config) -> np.ndarray:
+    """The log weight of every text of one kind (float64 [n]); `ratio`: log target − log corpus, float64 [buckets]."""
+    return weigh(texts, np.zeros(len(texts), np.int64), ratio[None], config).weights()
 
 # %% ../nbs/13_dsir.ipynb #8fda2544
-def uniform(ids: Iterable[str], seed: int) -> np.ndarray:
-    """A number between 0 and 1 (float64, both excluded) that belongs to each id and the seed."""
-    numbers = np.array([xxh3_64_intdigest(id.encode(), seed) for id in ids], np.uint64)
-    return ((numbers >> np.uint64(12)).astype(np.float64) + 0.5) / 2**52
-
-
 def gumbel(ids: Iterable[str], seed: int) -> np.ndarray:
     """Standard Gumbel noise (float64) that belongs to each id and the seed."""
     return -np.log(-np.log(uniform(ids, seed)))
@@ -202,11 +201,10 @@ def target_counts(lang: str, config: Config) -> np.ndarray:
     if config.target_files:
         texts = [text for own in read_texts(Path(name.format(lang=lang)) for name in config.target_files).values() for text in own]
     elif config.target_hub:
-        pattern = config.target_hub.format(lang=lang)
         try:
-            return count_features(pl.scan_parquet(pattern).select("text").head(config.target_rows).collect()["text"], config)
+            texts = pl.scan_parquet(config.target_hub.format(lang=lang)).select("text").head(config.target_rows).collect()["text"]
         except (OSError, pl.exceptions.PolarsError) as error:
-            raise ShisaError(f"{pattern}: cannot be read ({str(error)[:120]}); check network, name and revision") from None
+            raise ShisaError(f"{config.target_hub}: cannot be read ({str(error)[:120]}); check network, name and revision") from None
     return count_features(pl.Series(texts, dtype=pl.String), config)
 
 
@@ -224,10 +222,9 @@ def lang_numbers(frame: pl.DataFrame, langs: list[str]) -> np.ndarray:
 
 def kinds_of(frame: pl.DataFrame, langs: list[str], rate: float, config: Config) -> np.ndarray:
     """For every document 2 × its language, + 1 if it is of the target; −1 for one that does not count among the corpus."""
-    kinds = 2 * lang_numbers(frame, langs)
-    target = frame["source"].is_in(config.target).to_numpy()
-    left_out = np.zeros(0, bool) if rate >= 1 else uniform(frame["id"], config.seed + 1) >= rate
-    return np.where(left_out & ~target, -1, kinds + target) if rate < 1 else kinds + target
+    kinds, target = 2 * lang_numbers(frame, langs), frame["source"].is_in(config.target).to_numpy()
+    counted = target | (rate >= 1) | (uniform(frame["id"], config.seed + 1) < rate)
+    return np.where(counted, kinds + target, -1)
 
 
 def count_shard(shard: Path, folder: Path, config: Config, rate: float) -> dict[str, Any]:
@@ -251,9 +248,7 @@ def keep_weights(frame: pl.DataFrame, weigher: Weigher, stem: str, folder: Path,
 def weigh_shard(shard: Path, folder: Path, langs: list[str], config: Config) -> dict[str, Any]:
     """Pass 2: the weights of the documents of one shard."""
     frame = pl.read_parquet(shard, columns=["id", "text", "lang"])
-    weigher = Weigher(lang_numbers(frame, langs), np.load(folder / "ratios.npy"), config)
-    for block in unit_blocks(frame["text"], config):
-        weigher.add(*block)
+    weigher = weigh(frame["text"], lang_numbers(frame, langs), np.load(folder / "ratios.npy"), config)
     keep_weights(frame, weigher, shard.stem, folder, config.seed)
     return {}
 
@@ -295,8 +290,8 @@ def fit(counted: list[dict[str, Any]], stems: list[str], rate: float, work: Work
 
 def limits_of(langs: list[str], stems: list[str], work: Work, config: Config) -> list[float]:
     """The smallest key that is drawn, by language."""
-    keys = [np.load(work.scratch / f"weights-{stem}.npy", mmap_mode="r")[1] for stem in stems]
-    kinds, limits = [np.load(work.scratch / f"langs-{stem}.npy", mmap_mode="r") for stem in stems], []
+    keys, limits = [np.load(work.scratch / f"weights-{stem}.npy", mmap_mode="r")[1] for stem in stems], []
+    kinds = [np.load(work.scratch / f"langs-{stem}.npy", mmap_mode="r") for stem in stems]
     for number, lang in enumerate(langs):
         own = [key[kind == number] for key, kind in zip(keys, kinds, strict=True)]
         count = sum(part.size for part in own)
@@ -315,9 +310,9 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     step = partial(write_drawn, folder=work.path, scratch=work.scratch, limits=limits_of(langs, stems, work, config))
     written = work.map_shards("write", step, list(enumerate(shards)), config)
     total, drawn = (sum((Counter(fact) for fact in facts), Counter()) for facts in (counted, (fact["by_language"] for fact in written)))
-    kept, there = drawn.total(), total.total()
-    work.balance(there, kept, {"not drawn": there - kept})
-    rows = pl.DataFrame([row for fact in written for row in fact["by_source"]], orient="row", schema=["source", "documents", "drawn", "weight"])
+    work.balance(there := total.total(), kept := drawn.total(), {"not drawn": there - kept})
+    schema = {"source": pl.String, "documents": pl.Int64, "drawn": pl.Int64, "weight": pl.Float64}
+    rows = pl.DataFrame([row for fact in written for row in fact["by_source"]], orient="row", schema=schema)
     sums = rows.group_by("source").agg(pl.col("documents", "drawn", "weight").sum()).sort("source")
     return {"selected_share": kept / there, "by_language": {lang: drawn[lang] / total[lang] for lang in langs},
             "characters": sum(fact["characters"] for fact in written), "target": list(config.target),
@@ -358,34 +353,26 @@ Keep = Callable[[pl.DataFrame], np.ndarray]  # which rows of a frame of document
 
 def read_once(shard: Path, folder: Path, keep: Keep, deduplication: DedupConfig, config: Config, rate: float) -> dict[str, Any]:
     """Reading 1: what `sign_shard` and `count_shard` leave, and filtered-NNNNN.npy, of one shard."""
-    rows: dict[str, Any] = {}
+    frame = pl.read_parquet(shard)
+    langs, filtered = frame["lang"].unique().sort().to_list(), ~keep(frame)
+    kinds, counts = np.where(filtered, -1, kinds_of(frame, langs, rate, config)), np.zeros((2 * len(langs), 2**config.bits), np.int64)
 
-    def visit(frame: pl.DataFrame, first: int, starts: np.ndarray, codes: np.ndarray) -> None:
-        if not rows:
-            langs, rows["filtered"] = frame["lang"].unique().sort().to_list(), ~keep(frame)
-            rows["kinds"] = np.where(rows["filtered"], -1, kinds_of(frame, langs, rate, config))
-            rows["counts"], rows["langs"] = np.zeros((2 * len(langs), 2**config.bits), np.int64), langs
-        add_features(rows["counts"], rows["kinds"][first : first + starts.size - 1], starts, codes, config)
+    def visit(first: int, starts: np.ndarray, codes: np.ndarray) -> None:
+        add_features(counts, kinds[first : first + starts.size - 1], starts, codes, config)
 
-    signed = sign_shard(shard, folder, deduplication, visit)
-    keep_array(folder / f"counts-{shard.stem}.npy", rows.get("counts", np.zeros((0, 2**config.bits), np.int64)))
-    keep_array(folder / f"filtered-{shard.stem}.npy", rows.get("filtered", np.zeros(0, bool)))
-    return {**signed, "langs": dict.fromkeys(rows.get("langs", ()), 0)}
+    signed = sign_shard(shard, folder, deduplication, frame, visit)
+    keep_array(folder / f"counts-{shard.stem}.npy", counts)
+    keep_array(folder / f"filtered-{shard.stem}.npy", filtered)
+    return {**signed, "langs": dict.fromkeys(langs, 0)}
 
 
 def read_again(shard: Path, folder: Path, bases: dict[str, int], config: DedupConfig, langs: list[str], draw: Config) -> dict[str, Any]:
     """Reading 2: what `shard_sets` and `weigh_shard` leave of one shard; what was filtered out has no weight."""
-    rows: dict[str, Any] = {}
-
-    def visit(frame: pl.DataFrame, first: int, starts: np.ndarray, codes: np.ndarray) -> None:
-        if not rows:
-            kinds = np.where(np.load(folder / f"filtered-{shard.stem}.npy"), -1, lang_numbers(frame, langs))
-            rows["frame"], rows["weigher"] = frame, Weigher(kinds, np.load(folder / "ratios.npy"), draw)
-        rows["weigher"].add(first, starts, codes)
-
-    facts = shard_sets(shard, folder, bases, config, visit)
-    if rows:
-        keep_weights(rows["frame"], rows["weigher"], shard.stem, folder, draw.seed)
+    frame = pl.read_parquet(shard, columns=["id", "text", "lang"])
+    kinds = np.where(np.load(folder / f"filtered-{shard.stem}.npy"), -1, lang_numbers(frame, langs))
+    weigher = Weigher(kinds, np.load(folder / "ratios.npy"), draw)
+    facts = shard_sets(shard, folder, bases, config, frame, weigher.add)
+    keep_weights(frame, weigher, shard.stem, folder, draw.seed)
     return facts
 
 
@@ -399,12 +386,13 @@ def curate(shards: list[Path], work: Work, keep: Keep, deduplication: DedupConfi
     keep_array(work.scratch / "gone.npy", filtered)
     langs = fit([fact["langs"] for fact in facts], signed.stems, rate, work, config)
     metrics = judge(shards, signed, work, deduplication, filtered, partial(read_again, langs=langs, draw=config))
-    gone, step = pl.read_parquet(work.scratch / "fates.parquet")["row"].to_numpy(), partial(write_drawn, folder=work.path, rejects=False)
+    gone = pl.read_parquet(work.scratch / "fates.parquet")["row"].to_numpy()
     for shard, fact in zip(shards, facts, strict=True):
         base, kinds = signed.bases[shard.stem], np.load(work.scratch / f"langs-{shard.stem}.npy")
         kinds[gone[slice(*np.searchsorted(gone, [base, base + fact["rows"]]))] - base] = -1
         keep_array(work.scratch / f"langs-{shard.stem}.npy", kinds)
-    step = partial(step, scratch=work.scratch, limits=limits_of(langs, signed.stems, work, config))
+    limits = limits_of(langs, signed.stems, work, config)
+    step = partial(write_drawn, folder=work.path, scratch=work.scratch, limits=limits, rejects=False)
     written = work.map_shards("write", step, list(enumerate(shards)), config)
     kept = sum(sum(fact["by_language"].values()) for fact in written)
     dropped = {"filtered": filtered.size, "exact duplicate": metrics["removed_exact"], "near duplicate": metrics["removed_near"]}

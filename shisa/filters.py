@@ -19,8 +19,7 @@ import numpy as np
 import polars as pl
 from .config import ShisaError, fingerprint, identity, markdown_table, placement
 from .leaks import KANA_SHARE, LEVEL_1, guess, identify, trait_counts
-from .sample import data_folder
-from .sources import read_texts
+from .sample import data_folder, read_texts
 from .stage import Artifact, ShardConfig, Stage, Work, need, run_stage, write_shard
 from .text import SCRIPTS, compiled, fold, utf8
 

@@ -211,7 +211,7 @@ def evaluate(config: PretrainConfig, inputs: dict[str, Artifact], counted: Path,
 # %% ../nbs/31_pretrain.ipynb #41dd5d7f
 def run(config: PretrainConfig, inputs: dict[str, Artifact], work: Work) -> dict[str, Any]:
     """Train, measure, and keep model/ and steps.parquet."""
-    packed, sequences = inputs["30_mix"].file("packed.parquet"), inputs["30_mix"].metrics["sequences"]
+    packed, sequences = inputs["30_mix"].folder(), inputs["30_mix"].metrics["sequences"]
     length, started = inputs["30_mix"].manifest["config"]["length"], time.monotonic()
     work.seeds["order"] = config.seed
     work.licences.extend(inputs["30_mix"].manifest["licences"])
@@ -279,8 +279,8 @@ def same_text(packed: Packed, extended: Any, base: Any) -> Packed:
             encoded.append(np.array([begin, *again, *([end] * closes)], dtype=np.int32))
             ends.append(closes)
             start += size
-    pieces = [piece._replace(ends=piece.ends and ends[piece.document]) for piece in cut(encoded, packed.length)]
-    return pack(pieces, packed.length, pad_id(base))
+    pieces = cut(encoded, packed.length)
+    return pack(replace(pieces, ends=pieces.ends & np.array(ends)[pieces.documents]), packed.length, pad_id(base))
 
 
 def flops_per_token(model: Any, candidates: int = 0) -> int:
@@ -323,7 +323,7 @@ def controls(profile: str, out: Path) -> Path:
     done, shape = stages["31_pretrain"], BaseConfig(**stages["20_base"].manifest["config"])
     own = PretrainConfig(**done.manifest["config"])
     windows = heldout_windows(stages["14_split"].table("heldout.parquet"), own.heldout_bytes, own.window_bytes)
-    packed = Packed.load(stages["30_mix"].file("packed.parquet"))
+    packed = Packed.load(stages["30_mix"].shards("packed"))
     scratch = Path(out) / ".work" / "controls" / done.manifest["fingerprint"][:12]
     extended, base = load_tokenizer(done.folder("model")), load_tokenizer(stages["20_base"].folder("model"))
     settings, adapted = _settings(own, len(packed)), load_model(done.folder("model"))
@@ -379,7 +379,7 @@ def embeddings_study(profile: str, out: Path, steps: int = 120, seeds: int = 3) 
     """
     quiet()
     split, start, tokens, mix = (Artifact(Path(out) / name) for name in ("14_split", "20_base", "21_tokenizer", "30_mix"))
-    base, packed, run = start.folder("model"), Packed.load(mix.file("packed.parquet")), mix.manifest["fingerprint"]
+    base, packed, run = start.folder("model"), Packed.load(mix.shards("packed")), mix.manifest["fingerprint"]
     old, new = load_tokenizer(base), load_tokenizer(tokens.folder("tokenizer"))
     scratch = Path(out) / ".work" / "embeddings" / f"{run[:12]}-{steps}"
     scratch.mkdir(parents=True, exist_ok=True)

@@ -245,8 +245,8 @@ def file_entry(name: str, path: Path, lang: str = "") -> dict[str, Any]:
     plain text that lies in the folder itself of `text`."""
     place = name.rpartition("/")[0]
     stem = ENDING.sub("", name)
-    source = place or ("text" if re.search(r"\.txt(\.gz|\.zst)?$", name) else stem)
-    told = re.match("[a-z]{2}(?=[_-]|$)", source) or re.match("[a-z]{2}(?=[_-]|$)", stem)
+    source = ENDING.sub("", place) or ("text" if re.search(r"\.txt(\.gz|\.zst)?$", name) else stem)
+    told = re.match("[a-z]{2}(?=[_-]|$)", source) or re.match("[a-z]{2}(?=[_-]|$)", stem.rpartition("/")[2])
     return {"name": name, "path": str(path), "source": source, "lang": lang or (told[0] if told else "und")}
 
 # %% ../nbs/lib/04_sample.ipynb #80af3172

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import orjson
 import polars as pl
 from .config import ShisaError, file_sha256, fingerprint, identity, markdown_table, placement, run_root
 from shisa.sample import (
@@ -100,10 +99,12 @@ def named(frame: pl.DataFrame, entry: dict[str, Any], config: Config) -> pl.Data
     if config.kind == "hub":
         ids = [id or hashlib.sha256(text.encode()).hexdigest()[:16] for id, text in frame.select("id", "text").iter_rows()]
         frame = frame.with_columns(pl.Series("id", ids, pl.String))
-    told = ({"origin": origin, "pair": pair_key(entry["source"], id or "")} for id, origin in frame.select("id", "origin").iter_rows())
-    meta = [orjson.dumps({key: value for key, value in each.items() if value}).decode() for each in told]
+    pairs = [pair_key(entry["source"], id or "") or None for id in frame["id"]]
+    frame, meta = frame.with_columns(pl.Series("pair", pairs, pl.String)), pl.struct("origin", "pair").struct.json_encode()
+    for nothing in ('"origin":null,', ',"pair":null', '"pair":null'):  # inside of a string quotes are escaped
+        meta = meta.str.replace(nothing, "", literal=True)
     own = pl.col("id").fill_null(where.str.split("/").list.last())
-    return frame.with_columns(where=where, id=pl.lit(f"{entry['source']}/") + own, meta=pl.Series(meta, dtype=pl.String))
+    return frame.with_columns(where=where, id=pl.lit(f"{entry['source']}/") + own, meta=meta)
 
 # %% ../nbs/10_sources.ipynb #d3e4b896
 RANKS, BINS = 1 << 64, 1 << 16  # a rank is a 64-bit number; its upper 16 bits are its bin
@@ -187,11 +188,10 @@ def hub_files(config: Config, lang: str) -> list[dict[str, Any]]:
     pattern = config.pattern.format(lang=lang)
     try:
         system, base = url_to_fs(root)
-        found = system.glob(f"{base}/{pattern}", detail=True)
+        if not (found := system.glob(f"{base}/{pattern}", detail=True)):
+            raise FileNotFoundError("no such file")
     except Exception as error:
         raise unreachable(f"{root}/{pattern}", error) from None
-    if not found:
-        raise unreachable(f"{root}/{pattern}", "no such file")
     if len(config.budgets) > 1 and "{lang}" not in config.pattern:
         raise ShisaError(f"pattern {pattern}: names the same files for {' and '.join(config.budgets)}; put {{lang}} into it")
     entries = [{"name": path.removeprefix(base).lstrip("/"), "path": path, "root": root, "size": about["size"], "lang": lang,

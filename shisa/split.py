@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from .config import ShisaError, fingerprint, identity, markdown_table, placement
+from .config import ShisaError, fingerprint, identity, markdown_table, placement, uniform
 from .dedup import groups_of
-from .dsir import uniform
 from .evalsets import data_fingerprint, evaluation_texts
 from .sample import data_folder
 from .stage import Artifact, ShardConfig, Stage, Work, keep_array, need, reject_frame, run_stage, write_shard

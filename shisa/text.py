@@ -351,38 +351,30 @@ def _inflated(handle: BinaryIO, ending: str, expansion: int) -> Iterator[bytes]:
 
 
 def stream_blocks(handle: BinaryIO, ending: str = "", expansion: int = 0) -> Iterator[bytes]:
-    """The content of a stream (`ending` .gz or .zst: decompressed) in blocks of about 1 MiB. Raises `TornFile`, after all that
+    """The content of a stream (`ending` .gz or .zst: decompressed) in blocks of at most 1 MiB. Raises `TornFile`, after all that
     is whole; and `ExpandingFile` where more than 64 MiB came, and more than `expansion` times what was read (0: no limit)."""
     if ending not in (".gz", ".zst"):
         yield from iter(partial(handle.read, _BLOCK), b"")
         return
-    kept, size, torn = [], 0, None
-    try:
-        for piece in _inflated(handle, ending, expansion):
-            for place in range(0, len(piece), _BLOCK):
-                kept.append(piece[place : place + _BLOCK])
-                if (size := size + len(kept[-1])) >= _BLOCK:
-                    yield b"".join(kept)
-                    kept, size = [], 0
-    except TornFile as error:
-        torn = error
-    if kept:
-        yield b"".join(kept)
-    if torn:
-        raise torn
+    for piece in _inflated(handle, ending, expansion):
+        for place in range(0, len(piece), _BLOCK):
+            yield piece[place : place + _BLOCK]
 
 
 def line_blocks(handle: BinaryIO, ending: str = "", longest: int = 0, expansion: int = 0) -> Iterator[list[bytes]]:
     """The lines of a stream without their ends, some at a time. One over `longest` bytes (0: no limit) may come cut, but to more
     than `longest`: memory stays bounded, and the reader sees it. Raises as `stream_blocks` does, after the last whole line."""
-    rest = b""
+    kept, size = [b""], 0
     for block in stream_blocks(handle, ending, expansion):
-        *lines, rest = (rest + block).split(b"\n")
-        yield lines
-        if longest and len(rest) > longest:
-            rest = rest[: longest + 1]
-    if rest:
-        yield [rest]
+        if b"\n" in block:
+            *lines, rest = b"".join([*kept, block]).split(b"\n")
+            yield lines
+            kept, size = [rest], len(rest)
+        elif not longest or size <= longest:
+            kept.append(block)
+            size += len(block)
+    if size:
+        yield [b"".join(kept)]
 
 
 def read_text_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -251,7 +251,7 @@ def _shown(model: Any, packed: Packed, settings: TrainSettings, accelerator: Any
         raise ShisaError(f"candidates={settings.candidates} needs one process, there are {accelerator.num_processes}; "
                          "set candidates=0")
     rows = len(model.get_output_embeddings().weight)
-    counts = np.bincount(packed.tokens, minlength=rows).astype(float)
+    counts = packed.count_ids(rows).astype(float)
     counts[list(model.generation_config.suppress_tokens or [])] = -1  # padding rows have no probability
     return inclusion(counts, settings.candidates)
 

@@ -13,7 +13,6 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +83,16 @@ def test_folder_keeps_source_licence_and_origin(tmp_path):
     assert json.loads(frame["meta"][0])["origin"] == "example.jp" and len(work.licences) == 2
 
 
+@given(st.none() | st.text(max_size=20) | st.sampled_from(['","pair":null', '"origin":null,', "\\\"\n"]), st.sampled_from([None, "a", "x@1:ja/b.md"]))
+@quick
+def test_meta_is_json_of_what_is_known(origin, id):
+    raw = pl.DataFrame({"text": "a", "id": id, "lang": "ja", "licence": "MIT", "origin": sample.plain(origin), "line": 1}, schema=sources._RAW)
+    config, entry = sources.Config(kind="folder"), sample.file_entry("ja_x.jsonl", Path("ja_x.jsonl"))
+    frame = sources.named(sources.clean(raw, entry, config), entry, config)
+    expected = {"origin": origin} if origin else {}
+    assert json.loads(frame["meta"][0]) == expected | ({"pair": "x:b.md"} if id and ":" in id else {})
+
+
 def test_all_formats_in_one_folder_and_its_sub_folders(tmp_path):
     folder = tmp_path / "c"
     for number, ending in enumerate(PACK):
@@ -101,6 +110,15 @@ def test_all_formats_in_one_folder_and_its_sub_folders(tmp_path):
     letters = frame.filter(pl.col("source") == "text")
     assert letters["text"].to_list() == ["一行\n二行\u2028"] * 3 and letters["id"].to_list() == [f"text/ja_letter{n}" for n in range(3)]
     assert set(frame["lang"]) == {"ja"}
+
+
+@pytest.mark.parametrize(("name", "source", "lang"), [
+    ("ja_law.jsonl.zst", "ja_law", "ja"), ("web/2023/en_x.parquet", "web/2023", "en"), ("ja_web.parquet/part-0.parquet", "ja_web", "ja"),
+    ("en_letter.txt.gz", "text", "en"), ("notes.jsonl", "notes", "und"), ("ja/a.txt", "ja", "ja")])
+def test_the_name_of_a_file_says_its_domain_and_language(name, source, lang):
+    entry = sample.file_entry(name, Path(name))
+    assert (entry["source"], entry["lang"]) == (source, lang)
+    assert sample.file_entry(name, Path(name), "fr")["lang"] == "fr"
 
 
 @pytest.mark.parametrize("globs", [("ja_a.jsonl",), ("ja_*.jsonl",), ("web/*", "ja_b.*")])
@@ -598,11 +616,18 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
                                 "private": False}).encode(), content_type="application/json")
 
 
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["content-length"])).decode()
+        paths = urllib.parse.parse_qs(asked).get("paths") or json.loads(asked)["paths"]
+        found = [{"type": "file", "path": path, "oid": "0" * 40, "size": (self.root / path).stat().st_size} for path in paths]
+        self.answer(json.dumps(found).encode(), content_type="application/json")
+
+
 HUB = """
-import sys
+import json, sys
 from shisa import sources
 from shisa.stage import run_stage
-config = sources.config("a100x16").change(workers=1, budgets={"ja": 9000, "en": 0})
+config = sources.config("a100x16").change(workers=1, budgets={"ja": 9000, "en": 0}, **json.loads(sys.argv[2]))
 run_stage("10_sources", "tiny", sys.argv[1], config=config)
 """
 
@@ -615,8 +640,11 @@ def hub(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
                    "HF_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
-    yield handler, partial(subprocess.run, [sys.executable, "-c", HUB, str(tmp_path / "far")], env=environment, capture_output=True,
-                           text=True, timeout=200)
+    def far(**changes):
+        command = [sys.executable, "-c", HUB, str(tmp_path / "far"), json.dumps(changes)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+    yield handler, far
     server.shutdown()
 
 
@@ -639,6 +667,22 @@ def test_a_broken_transfer_is_no_torn_file(hub, tmp_path):
     handler.cut = 0
     done = far()
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_parquet_on_the_hub_has_its_own_ids_and_licences(hub, tmp_path):
+    handler, far = hub
+    for lang in ("ja", "en"):
+        frame = pl.DataFrame([{**row, "lang": lang, "license": "CC BY-SA 4.0"} for row in rows(500)] + [{**GOOD, "text": None, "lang": lang}])
+        frame.write_parquet(handler.root / "data" / lang / "part-0.parquet", row_group_size=100)
+    changes = {"pattern": "data/{lang}/*.parquet", "hub": "someone/Docs", "unescape": False}
+    done = far(**changes)
+    assert done.returncode == 0, done.stderr[-2000:]
+    artifact = Artifact(tmp_path / "far" / "10_sources")
+    assert artifact.counts["dropped"][sample.NULL_TEXT] == 2 and any(row["share_alike"] for row in artifact.manifest["licences"])
+    assert "docs_en/d7" in set(artifact.table("documents")["id"])
+    near = run_stage("10_sources", "tiny", tmp_path / "near", config=hub_config(
+        folder=str(handler.root), budgets={"ja": 9000, "en": 0}, **changes))
+    assert artifact.manifest["files"] == near.manifest["files"]
 
 
 def test_a_short_stream_is_an_error():

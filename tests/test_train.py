@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shisa.config import ShisaError, file_sha256
 from shisa.packing import (
-    IGNORE, Packed, Piece, Window, best_fit_decreasing, check_packed, cut, draw, encode_documents, heldout_windows, pack,
+    IGNORE, Packed, Pieces, Window, best_fit_decreasing, check_packed, cut, draw, encode_documents, heldout_windows, pack,
     score_windows, split_windows, unigram_bits_per_byte,
 )
 from shisa.train import last_checkpoint
@@ -48,10 +49,9 @@ def test_packing_keeps_every_token_and_every_end(sizes, length):
 
 @given(st.lists(st.integers(1, 16), max_size=80))
 def test_best_fit_fills_no_sequence_beyond_its_length(sizes):
-    bins = best_fit_decreasing(sizes, 16)
-    assert sorted(i for members in bins for i in members) == list(range(len(sizes)))
-    fill = [sum(sizes[i] for i in members) for members in bins]
-    assert all(0 < total <= 16 for total in fill)
+    places = best_fit_decreasing(np.array(sizes, np.int64), 16)
+    fill = np.bincount(places, weights=sizes) if sizes else []
+    assert len(places) == len(sizes) and all(0 < total <= 16 for total in fill)
     assert sum(total <= 8 for total in fill) <= 1  # two half-empty sequences would have been one
 
 
@@ -68,11 +68,10 @@ def test_labels_are_the_next_token_within_a_piece_and_nothing_else():
 
 
 def test_a_document_without_its_end_is_found():
-    broken = [Piece(np.array([BOS, 5, 6], dtype=np.int32), 0, True)]
-    with pytest.raises(ValueError, match="document 0"):
-        check_packed(pack(broken, 8, 0), BOS, EOS)
-    with pytest.raises(ValueError, match="document 0"):
-        check_packed(pack([broken[0]._replace(ends=False)], 8, 0), BOS, EOS)
+    for ends in (True, False):
+        broken = Pieces(np.array([BOS, 5, 6], np.int32), np.array([3]), np.array([0]), np.array([ends]))
+        with pytest.raises(ValueError, match="document 0"):
+            check_packed(pack(broken, 8, 0), BOS, EOS)
 
 
 def test_packed_file_round_trip_and_same_bytes(tmp_path):
@@ -84,13 +83,15 @@ def test_packed_file_round_trip_and_same_bytes(tmp_path):
     assert file_sha256(tmp_path / "a.parquet") == file_sha256(tmp_path / "b.parquet")
 
 
-def test_draw_meets_its_budget_and_numbers_passes_apart():
+def test_draw_meets_its_budget_and_counts_its_passes():
     pieces = cut([document(size) for size in (3, 5, 9)], 32)
-    chosen = draw(pieces, 100, seed=0)
-    total = sum(len(piece.tokens) for piece in chosen)
-    assert 100 <= total < 100 + 11
-    assert len({piece.document for piece in chosen}) == len(chosen)
-    check_packed(pack(chosen, 32, 0), BOS, EOS)
+    chosen, turns = draw(pieces.sizes, 100, seed=0)
+    assert 100 <= pieces.sizes[chosen].sum() < 100 + 11
+    assert len(set(zip(chosen.tolist(), turns.tolist(), strict=True))) == len(chosen) and sorted(turns) == turns.tolist()
+    taken = pieces.take(chosen)
+    check_packed(pack(replace(taken, documents=chosen + 3 * turns), 32, 0), BOS, EOS)
+    with pytest.raises(ValueError, match="ends more than once"):
+        check_packed(pack(taken, 32, 0), BOS, EOS)
 
 
 # ---- a tokenizer and models to test with
