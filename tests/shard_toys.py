@@ -67,9 +67,9 @@ def contents(folder: Path) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in made.manifest["files"].items()}
 
 
-def stages(root: Path, workers: int = 1) -> None:
-    """Chapters 12 to 14 at `tiny` from the artifact 11_filters that stands in `root`."""
-    for module in (dedup, dsir, split):
+def stages(root: Path, workers: int = 1, count: int = 3) -> None:
+    """Chapters 12 to 14 (the first `count` of them) at `tiny` from the artifact 11_filters that stands in `root`."""
+    for module in (dedup, dsir, split)[:count]:
         name = module.STAGE.name
         run_stage(name, "tiny", root, config=module.config("tiny").change(workers=workers))
 
