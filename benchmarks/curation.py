@@ -29,7 +29,7 @@ from shisa.config import THREADS, ShisaError, markdown_table
 from shisa.stage import Work, write_shard
 from shisa.text import fold, read_text_lines, script_counts
 
-PEERS = ("data-selection==1.0.3", "datatrove[io]==0.10.1", "xxhash<4", "spacy", "nltk", "scipy")
+PEERS = ("data-selection==1.0.3", "datatrove[io]==0.10.1", "xxhash<4", "spacy", "nltk", "scipy", "tokenizers")
 TARGET = ("ja_wiki_leads", "ja_lit_aozora", "en_lit_classics")
 KINDS = {"ja_wiki_leads": "encyclopedia", "ja_lit_aozora": "literature, Japanese", "ja_law_egov": "law", "ja_chat_realpersona": "chat",
          "ja_blog_azu": "blog", "en_lit_classics": "literature, English"}
@@ -160,6 +160,15 @@ def part_chain(folder: str, small: str, out: str, every_filter: str, workers: st
     return timed(partial(run, folder), partial(run, small))
 
 
+def part_read(folder: str, small: str) -> dict[str, float]:
+    """Parquet into memory by polars, the text alone: says how fast the machine is in this hour."""
+    def run(source: str) -> None:
+        for shard in Shards(Path(source)).shards("documents"):
+            pl.read_parquet(shard, columns=["text"])
+
+    return timed(partial(run, folder), partial(run, small))
+
+
 def child(command: list[str], threads: int = 1) -> dict[str, Any]:
     """Run a part in a fresh process; its last line of output is JSON."""
     environment = {**os.environ, **dict.fromkeys(THREADS, str(threads)), "OMP_WAIT_POLICY": "passive"}
@@ -272,7 +281,7 @@ def chain_report(shards: Path, large: Path, small: Path, work: Path) -> dict[str
     every = own("chain", shards, small, work / "chain", 1, 1)
     return {"chain_mb_s": sizes["10x"] / ten["cpu"], "chain_mb_s_1x": sizes["1x"] / one["cpu"], "chain_peak_mb_1x": one["peak_mb"],
             "chain_peak_mb_10x": ten["peak_mb"], "chain_filters_mb_s": sizes["1x"] / every["cpu"], "chain_filters_peak_mb": every["peak_mb"],
-            "chain_size_mb": sizes["1x"], "chain_size_mb_10x": sizes["10x"], "chain_wall_10x": ten["wall"]}
+            "anchor_parquet_read_mb_s": sizes["1x"] / own("read", shards, small)["cpu"], "chain_size_mb": sizes["1x"], "chain_size_mb_10x": sizes["10x"], "chain_wall_10x": ten["wall"]}
 
 
 def workers_report(large: Path, small: Path, work: Path) -> dict[str, float]:
