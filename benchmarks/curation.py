@@ -26,8 +26,9 @@ import orjson
 import polars as pl
 from shisa import dedup, dsir, filters
 from shisa.config import THREADS, ShisaError, markdown_table
+from shisa.leaks import trait_counts
 from shisa.stage import Work, write_shard
-from shisa.text import fold, read_text_lines, script_counts
+from shisa.text import SCRIPTS, fold, read_text_lines, utf8
 
 PEERS = ("data-selection==1.0.3", "datatrove[io]==0.10.1", "xxhash<4", "spacy", "nltk", "scipy", "tokenizers")
 TARGET = ("ja_wiki_leads", "ja_lit_aozora", "en_lit_classics")
@@ -98,9 +99,9 @@ class Shards:
 
 def by_scripts(frame: pl.DataFrame) -> np.ndarray:
     """The chain's filter: 5% kana in Japanese, 40% Latin letters in English, of what is not space."""
-    counts = script_counts(frame["text"])
-    share = counts[:, 1:] / np.maximum(counts[:, 1:].sum(1, keepdims=True), 1)
-    return np.where(frame["lang"] == "ja", share[:, 0] + share[:, 1] >= 0.05, share[:, 3] >= 0.4)
+    counts = trait_counts(*utf8(frame["text"]))
+    size = np.maximum(sum(counts[script] for script in SCRIPTS[1:]), 1)
+    return np.where(frame["lang"] == "ja", (counts["hiragana"] + counts["katakana"]) / size >= 0.05, counts["latin"] / size >= 0.4)
 
 
 def by_all_filters(frame: pl.DataFrame, config: filters.Config) -> np.ndarray:

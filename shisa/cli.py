@@ -123,7 +123,7 @@ def score(file: Path, backend: Annotated[str, typer.Option(help="indel or diffli
 def ask(prompt: str, system: Annotated[str, typer.Option(help="system message")] = "", profile: Profile = "tiny",
         out: Out = "") -> None:
     """Answer from the run's model, as it is generated."""
-    from shisa.serve import ask as stream
+    from shisa.report import ask as stream
 
     for piece in stream(prompt, system=system or None, profile=profile, out=out):
         print(piece, end="", flush=True)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCRIPTS', 'CHARACTER_RANGES', 'BYTE_ALPHABET', 'KEYS', 'MIX', 'SHIFT', 'codepoints', 'script_shares', 'has_cjk',
            'in_ranges', 'readable_bytes', 'normalise', 'letters', 'compiled', 'utf8', 'fold', 'folded_blocks',
-           'script_counts', 'gram_hashes', 'ngram_hashes', 'with_domain', 'texts_by_domain', 'TornFile',
-           'ExpandingFile', 'stream_blocks', 'line_blocks', 'read_text_lines']
+           'gram_hashes', 'ngram_hashes', 'with_domain', 'texts_by_domain', 'TornFile', 'ExpandingFile',
+           'stream_blocks', 'line_blocks', 'read_text_lines']
 
 # %% ../nbs/lib/02_text.ipynb #a13a53c1
 import re
@@ -229,30 +229,6 @@ def folded_blocks(texts: pl.Series, size: int = 1 << 20) -> Iterator[tuple[int, 
         end = max(int(np.searchsorted(ends, (ends[first - 1] if first else 0) + size, "right")), first + 1)
         yield first, *fold(texts.slice(first, end - first))
         first = end
-
-
-def _script_kernel(offsets, data, table, counts):
-    one, low = np.uint64(1), np.uint32(63)
-    for row in range(offsets.size - 1):
-        at, end = np.uint64(offsets[row]), np.uint64(offsets[row + 1])
-        while at < end:
-            code = np.uint32(data[at])
-            at += one
-            if code >= np.uint32(0xC0):
-                more = np.uint32(1) + np.uint32(code >= np.uint32(0xE0)) + np.uint32(code >= np.uint32(0xF0))
-                code &= np.uint32(0x3F) >> more
-                for _ in range(more):
-                    code = code << np.uint32(6) | np.uint32(data[at]) & low
-                    at += one
-            counts[row, table[np.uint64(code)]] += 1
-
-
-def script_counts(texts: pl.Series) -> np.ndarray:
-    """How many characters of each script (SCRIPTS, spaces included) every text has: int64 [n, 9]."""
-    offsets, data = utf8(texts)
-    counts = np.zeros((offsets.size - 1, len(SCRIPTS)), np.int64)
-    compiled(_script_kernel)(offsets, data, _script_table(), counts)
-    return counts
 
 # %% ../nbs/lib/02_text.ipynb #fa94de53
 def _keys(count: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from shisa import text
 from shisa.config import ShisaError
+from shisa.leaks import trait_counts
 
 NASTY = (
     "aZ09 \t\n\r\x00\x0b\x1c\x85\xa0\u2028\u2029\u3000\u200b\ufeff"  # spaces of many kinds, NUL, marks without width
@@ -83,16 +84,17 @@ def test_fold_refuses_nulls():
 @quick
 def test_script_counts_are_a_plain_count(texts):
     classes = text._script_table()
-    expected = [[sum(classes[ord(character)] == kind for character in value) for kind in range(len(text.SCRIPTS))] for value in texts]
-    assert text.script_counts(pl.Series(texts, dtype=pl.String)).tolist() == expected
+    counts = trait_counts(*text.utf8(pl.Series(texts, dtype=pl.String)))
+    for kind, script in enumerate(text.SCRIPTS):
+        assert counts[script].tolist() == [sum(classes[ord(character)] == kind for character in value) for value in texts]
 
 
 def test_scripts_of_known_characters():
     known = {"hiragana": "あんゝ", "katakana": "アーｱ", "kanji": "漢々〇𠮷", "latin": "aZé", "digit": "0９",
              "hangul": "한ㄱ", "other": "яαक", "symbol": "。!-🗻", "space": " \u3000\n"}
     for kind, characters in known.items():
-        counts = text.script_counts(pl.Series(list(characters)))
-        assert set(counts.argmax(axis=1)) == {text.SCRIPTS.index(kind)}, kind
+        counts = trait_counts(*text.utf8(pl.Series(list(characters))))
+        assert all(counts[script].tolist() == [int(script == kind)] * len(characters) for script in text.SCRIPTS), kind
 
 
 @given(TEXT)
