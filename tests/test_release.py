@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from shisa import evalsets, jaster, release, serve
+from shisa import evalsets, jaster, release, report
 from shisa.config import ShisaError, file_sha256
 from shisa.stage import Artifact, Work
 
@@ -130,7 +130,7 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def told(toy_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `load_elsewhere` repeat what the fresh process said in `toy_run`: starting one takes seconds."""
-    tokenizer = serve.load_chat(toy_run / "61_dpo" / "model")[1]
+    tokenizer = report.load_chat(toy_run / "61_dpo" / "model")[1]
     metrics = Artifact(toy_run / "80_release").metrics
     answers = [{"reply": row["reply"], "bos": 1, "text": "x", "plain": "x"} for row in metrics["replies"]]
     sizes = {"parameters": 1, "vocabulary": len(tokenizer), "tokenizer": len(tokenizer), "suppressed": 1}
@@ -316,9 +316,9 @@ def test_push_needs_a_token_and_never_shows_it(monkeypatch: pytest.MonkeyPatch, 
 
 def test_ask_streams_the_releases_reply(toy_run: Path) -> None:
     prompt = release.PROMPTS[0][0]["content"]
-    pieces = list(serve.ask(prompt, out=toy_run, max_new_tokens=12))
+    pieces = list(report.ask(prompt, out=toy_run, max_new_tokens=12))
     assert "".join(pieces).strip() == Artifact(toy_run / "80_release").metrics["replies"][0]["reply"]
-    assert serve.model_folder(out=toy_run) == toy_run / "80_release" / "release"
+    assert report.model_folder(out=toy_run) == toy_run / "80_release" / "release"
 
 
 def test_ask_refuses_in_one_line(toy_run: Path, tmp_path: Path) -> None:
@@ -329,29 +329,29 @@ def test_ask_refuses_in_one_line(toy_run: Path, tmp_path: Path) -> None:
         {"prompt": "a", "profile": "huge"},
     ):
         with pytest.raises(ShisaError) as error:
-            next(serve.ask(**arguments))
+            next(report.ask(**arguments))
         assert "\n" not in str(error.value)
 
 
 def test_ask_falls_back_to_the_dpo_model(toy_run: Path, tmp_path: Path) -> None:
     shutil.copytree(toy_run / "61_dpo", tmp_path / "61_dpo")
-    assert serve.model_folder(out=tmp_path) == tmp_path / "61_dpo" / "model"
+    assert report.model_folder(out=tmp_path) == tmp_path / "61_dpo" / "model"
 
 
 def test_chat_remembers_and_forgets(toy_run: Path) -> None:
     from shisa.infer import prompt_ids
 
     lines, shown = iter(["一つ目" * 90, "二つ目" * 90, "三つ目" * 90, "長い" * CONTEXT, ""]), []
-    told = serve.chat(out=toy_run, max_new_tokens=4, read=lambda _: next(lines), write=shown.append)
+    told = report.chat(out=toy_run, max_new_tokens=4, read=lambda _: next(lines), write=shown.append)
     assert [message["role"] for message in told] == ["user", "assistant"] * 2
     # three lines of 810 byte tokens, 2,048 positions: the first is forgotten
     assert told[0]["content"] == "二つ目" * 90 and "forgotten: the oldest 1 exchanges" in "".join(shown)
     assert "shorten the prompt" in "".join(shown)  # the line that was too long was refused, and nothing was lost by it
-    _, tokenizer = serve.load_chat(serve.model_folder(out=toy_run))
+    _, tokenizer = report.load_chat(report.model_folder(out=toy_run))
     assert len(prompt_ids(tokenizer, told[:-1])) < CONTEXT
 
 
 def test_serve_command() -> None:
-    assert "127.0.0.1" in serve.serve_command("x") and serve.serve_command("x", "vllm").startswith("vllm serve x")
+    assert "127.0.0.1" in report.serve_command("x") and report.serve_command("x", "vllm").startswith("vllm serve x")
     with pytest.raises(ShisaError):
-        serve.serve_command("x", "tgi")
+        report.serve_command("x", "tgi")
