@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 from .config import ShisaError, StageConfig, file_sha256, fingerprint, identity, numeric
-from .launch import files_of
 from shisa.packing import (
-    Packed, Pieces, check_packed, cut, draw, encode_documents, heldout_windows, pack, pad_id, score_windows,
+    Packed, Pieces, check_packed, cut, draw, encode_documents, heldout_windows, pack, score_windows,
 )
 from .pieces import CONTROL, NORMAL, allowed, spm_processor, spm_proto, strip_padding
 from .stage import Artifact, Stage, Work
-from .train import LOGGED, TrainSettings, device, load_model, load_tokenizer, quiet, save_model, train_lm
+from .models import device, files_of, load_model, load_tokenizer, pad_id, quiet, save_model
+from .train import LOGGED, TrainSettings, train_lm
 
 # %% ../nbs/20_base.ipynb #f77095b6
 def mistral_model_file() -> Path:

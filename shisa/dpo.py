@@ -19,7 +19,7 @@ from .chat_format import encode_conversation, install_template
 from .config import StageConfig, identity, markdown_table, numeric, placement
 from .sft import verdict
 from .stage import Artifact, Stage, Work, need, run_stage
-from .launch import export_model, fit, order_rows, start_job, trainer_arguments
+from .tuning import export_model, fit, order_rows, start_job, trainer_arguments
 
 # %% ../nbs/61_dpo.ipynb #795b73ab
 def pair_rows(tokenizer: Any, pairs: list[dict[str, Any]], longest: int) -> list[dict[str, list[int]]]:
@@ -75,7 +75,7 @@ def tune(model: Any, reference: Any, tokenizer: Any, rows: list[dict], settings:
 
     Returns the trainer and the log by step (loss, rewards, margin, accuracy).
     """
-    from shisa.train import quiet
+    from shisa.models import quiet
     from trl import DPOConfig
 
     quiet()
@@ -88,7 +88,7 @@ def tune(model: Any, reference: Any, tokenizer: Any, rows: list[dict], settings:
 
 def main(job: dict[str, Any], progress: Callable[[str, float, float], None] = lambda *_: None) -> None:
     """One tuning job {model, rows, out, checkpoints, settings}: train, write out/model and out/steps.parquet."""
-    from shisa.train import load_model, load_tokenizer
+    from shisa.models import load_model, load_tokenizer
 
     settings, target = DpoSettings(**job["settings"]), Path(job["out"])
     tokenizer = install_template(load_tokenizer(job["model"]))
@@ -173,7 +173,7 @@ def config(profile: str) -> DpoConfig:
 # %% ../nbs/61_dpo.ipynb #c10a7fd8
 def run(config: DpoConfig, inputs: dict[str, Artifact], work: Work) -> dict[str, Any]:
     """Tune 51's model on 60's pairs; measure rewards on the held-out ones."""
-    from shisa.train import load_model, load_tokenizer
+    from shisa.models import load_model, load_tokenizer
 
     start = inputs["51_sft"].folder("model")
     tokenizer, before = load_tokenizer(start), load_model(start, config.dtype)

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 from .config import ShisaError, StageConfig, identity, numeric
-from .launch import copy_checkpoint, files_of
-from .packing import bits_per_byte, count_tokens, encode_texts, heldout_windows, padding_ids, sample_texts
+from .packing import bits_per_byte, count_tokens, encode_texts, heldout_windows, sample_texts
 from .stage import Artifact, Stage, Work
-from .train import device, generation_config, load_model, load_tokenizer, mask_padding, save_tokenizer
+from shisa.models import (
+    copy_checkpoint, device, files_of, generation_config, load_model, load_tokenizer, mask_padding, padding_ids, save_tokenizer,
+)
 
 # %% ../nbs/23_embeddings.ipynb #dbc91c1d
 def bare_tokenizer(tokenizer: Any) -> Any:

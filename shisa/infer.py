@@ -89,7 +89,7 @@ def check_fits(model: Any, ids: list[int], max_new_tokens: int) -> None:
 
 
 def _settings(tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
-    from shisa.train import padding_ids
+    from shisa.models import padding_ids
     from transformers import GenerationConfig
 
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}

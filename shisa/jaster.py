@@ -340,7 +340,7 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     """Ask every model every item and score the answers; records/<model>.json and scores.parquet."""
     import torch
 
-    from shisa.train import load_model, load_tokenizer
+    from shisa.models import load_model, load_tokenizer
 
     folders = {name: inputs[stage].folder("model") for name, stage in MODELS.items()}
     context = min(config.context or 10**9, *map(context_of, folders.values()))

@@ -20,10 +20,10 @@ import polars as pl
 from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 from .config import ShisaError, identity, markdown_table
-from .packing import Packed, Pieces, check_packed, draw, encode_documents, gather, pack, pad_id, spans
+from .packing import Packed, Pieces, check_packed, draw, encode_documents, gather, pack, spans
 from .stage import Artifact, ShardConfig, Stage, Work, write_shard
 from .text import utf8
-from .train import load_tokenizer
+from .models import load_tokenizer, pad_id
 
 # %% ../nbs/30_mix.ipynb #19d8c730
 def budgets(tokens: int, shares: dict[str, float]) -> dict[str, int]:

@@ -80,7 +80,7 @@ def answers(config: PairsConfig, folder: Any, prompts: list[list[dict]]) -> list
     """The model's sampled answers to the prompts, on the device that the config names."""
     import torch
     from shisa.infer import generate
-    from shisa.train import load_model, load_tokenizer
+    from shisa.models import load_model, load_tokenizer
 
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(folder, config.dtype).to(device)

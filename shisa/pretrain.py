@@ -24,13 +24,12 @@ from .config import ShisaError, StageConfig, environment, identity, numeric, pro
 from .embeddings import Extension, bare_tokenizer, resize_and_init, vocabulary_layers
 from .launch import launch, worker
 from shisa.packing import (
-    Packed, Scores, Window, cut, encode_texts, heldout_windows, pack, pad_id, padding_ids, sample_texts, score_windows,
+    Packed, Scores, Window, cut, encode_texts, heldout_windows, pack, sample_texts, score_windows,
     unigram_bits_per_byte,
 )
 from .stage import Artifact, Stage, Work
-from shisa.train import (
-    TrainSettings, device, load_model, load_tokenizer, make_accelerator, mask_padding, quiet, save_model, train_lm,
-)
+from .models import device, load_model, load_tokenizer, mask_padding, pad_id, padding_ids, quiet, save_model
+from .train import TrainSettings, make_accelerator, train_lm
 
 # %% ../nbs/31_pretrain.ipynb #dd11f9e9
 class PretrainConfig(StageConfig):

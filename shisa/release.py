@@ -29,7 +29,7 @@ from .stage import Artifact, Stage, Work
 # %% ../nbs/80_release.ipynb #d73fc244
 def assemble(model_folder: Path, folder: Path, shard: str = "5GB", dtype: str = "float32") -> None:
     """Write a Hub folder from a run's model: shards, tokenizer files as they are, plain template, generation config."""
-    from shisa.train import TOKENIZER_FILES, load_model, load_tokenizer, padding_ids
+    from shisa.models import TOKENIZER_FILES, load_model, load_tokenizer, padding_ids
     from transformers import GenerationConfig
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ PROMPTS: list[list[dict[str, str]]] = [
 def check_release(folder: Path, model_folder: Path, max_new_tokens: int = 24, dtype: str = "float32") -> dict[str, Any]:
     """{checks: {name: true}, parameters, replies}; the first check that fails is a `ShisaError` that names it."""
     from shisa.infer import generate
-    from shisa.train import load_model, load_tokenizer
+    from shisa.models import load_model, load_tokenizer
 
     there = load_elsewhere(folder, PROMPTS, max_new_tokens, dtype)
     model, tokenizer = load_model(model_folder, dtype), load_tokenizer(model_folder)

@@ -245,7 +245,7 @@ def load_chat(folder: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder, on the GPU where there is one; padding rows are never sampled."""
     import torch
 
-    from shisa.train import load_model, load_tokenizer
+    from shisa.models import load_model, load_tokenizer
 
     model = load_model(folder, "bfloat16" if torch.cuda.is_available() else "float32")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(folder)

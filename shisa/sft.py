@@ -22,7 +22,8 @@ import polars as pl
 from .chat_format import encode_conversation, install_template
 from .config import StageConfig, identity, markdown_table, numeric, placement
 from .stage import Artifact, Stage, Work, need, run_stage
-from .launch import IGNORE, export_model, fit, order_rows, start_job, trainer_arguments
+from .packing import IGNORE
+from .tuning import export_model, fit, order_rows, start_job, trainer_arguments
 
 # %% ../nbs/51_sft.ipynb #b13c2ac4
 def training_rows(tokenizer: Any, conversations: list[list[dict]]) -> list[dict[str, list[int]]]:
@@ -79,7 +80,7 @@ def finetune(model: Any, tokenizer: Any, rows: list[dict], settings: SftSettings
 
     Returns the trainer and the log by step (loss in nats per assistant token, gradient norm, learning rate).
     """
-    from shisa.train import quiet
+    from shisa.models import quiet
     from trl import SFTConfig
 
     quiet()
@@ -94,7 +95,7 @@ def finetune(model: Any, tokenizer: Any, rows: list[dict], settings: SftSettings
 # %% ../nbs/51_sft.ipynb #f466a80a
 def main(job: dict[str, Any], progress: Callable[[str, float, float], None] = lambda *_: None) -> None:
     """One training job {model, rows, out, checkpoints, settings}: train, write out/model and out/steps.parquet."""
-    from shisa.train import load_model, load_tokenizer
+    from shisa.models import load_model, load_tokenizer
 
     settings, target = SftSettings(**job["settings"]), Path(job["out"])
     tokenizer = install_template(load_tokenizer(job["model"]))
@@ -233,7 +234,7 @@ def fitting_rows(
 
 def run(config: SftConfig, inputs: dict[str, Artifact], work: Work) -> dict[str, Any]:
     """Fine-tune on 43's conversations from 31's model; compare with the control; measure stopping and held-out loss."""
-    from shisa.train import load_model, load_tokenizer
+    from shisa.models import load_model, load_tokenizer
 
     base = inputs["31_pretrain"].folder("model")
     tokenizer, start = install_template(load_tokenizer(base)), load_model(base, config.dtype)

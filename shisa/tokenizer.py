@@ -27,7 +27,7 @@ from shisa.pieces import (
 from .sample import data_folder
 from .text import texts_by_domain
 from .stage import Artifact, Stage, Work
-from .train import quiet
+from .models import quiet
 
 # %% ../nbs/21_tokenizer.ipynb #c26b62d1
 def _fill(base: Any, kept: list[str], waiting: list[str], wanted: int) -> tuple[list[str], list[str]]:

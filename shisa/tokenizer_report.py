@@ -26,7 +26,7 @@ from .pieces import BYTE, jis_kanji, spm_processor, spm_proto
 from .sample import data_folder
 from .stage import Artifact, Stage, Work
 from .text import BYTE_ALPHABET, CHARACTER_RANGES, has_cjk, in_ranges, readable_bytes, with_domain
-from .train import quiet
+from .models import quiet
 
 # %% ../nbs/22_tokenizer_report.ipynb #83e13ed1
 WHOLE, FRAGMENT, UNKNOWN = 0, 1, 2  # kinds of tokens: text; not a whole character; not in the vocabulary

@@ -5,7 +5,7 @@ from pathlib import Path
 def mistral_tokenizer(folder: Path):
     """The Mistral 7B v0.1 tokenizer with 64 padding tokens `<|extra_i|>`; the first is the pad token."""
     from shisa.base import base_tokenizer
-    from shisa.train import load_tokenizer
+    from shisa.models import load_tokenizer
 
     base_tokenizer(folder)
     tokenizer = load_tokenizer(folder)
@@ -20,7 +20,7 @@ def mistral_tokenizer(folder: Path):
 def toy_model(folder: Path, tokenizer, hidden: int = 32, layers: int = 2, seed: int = 0):
     """A random Mistral model saved with the tokenizer in `folder`, loaded back through `shisa.train`."""
     import torch
-    from shisa.train import load_model, save_model
+    from shisa.models import load_model, save_model
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(seed)

@@ -97,5 +97,6 @@ def test_outputs_are_fresh():
     assert cli.stale(ROOT) == [], "run: shisa refresh"
 
 
-def test_at_most_36_modules():
-    assert len(MODULES) <= 36
+def test_at_most_44_modules():
+    # one for each row of DESIGN.md's table (37), and config, models, packing, tuning, report, cli, pieces
+    assert len(MODULES) <= 44

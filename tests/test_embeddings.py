@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shisa.base import base_tokenizer, new_model, pad_pieces, save_spm_tokenizer
-from shisa.launch import read_header
 from shisa.config import ShisaError, file_sha256
 from shisa.embeddings import (
     EMBED,
@@ -34,10 +33,10 @@ from shisa.embeddings import (
     static_vectors,
     vocabulary_layers,
 )
-from shisa.packing import cut, encode_documents, encode_texts, pack, padding_ids
+from shisa.packing import cut, encode_documents, encode_texts, pack
 from shisa.pieces import append_pieces, spm_processor, spm_proto
 from shisa.sample import documents
-from shisa.train import TrainSettings, load_model, load_tokenizer, mask_padding, save_model, train_lm
+from shisa.train import TrainSettings, train_lm
 
 BASE, NEW, WIDTH = 32_000, ["日本", "日本語", "です。", "▁これ", "東京都"], 8
 PAIRS = [(first, "mean") for first in INPUT_METHODS] + [("mean", second) for second in OUTPUT_METHODS[1:]]
@@ -412,7 +411,9 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from shisa.embeddings import resize_checkpoint
-from shisa.train import load_tokenizer, generation_config
+from shisa.models import (
+    generation_config, load_model, load_tokenizer, mask_padding, padding_ids, read_header, save_model,
+)
 source, target, base, extended, method = sys.argv[1:]
 def kib(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

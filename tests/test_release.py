@@ -18,7 +18,7 @@ def make_model(folder: Path, seed: int = 0) -> None:
     """A random Mistral with a byte-level SentencePiece-like tokenizer of 320 pieces, padding rows included."""
     import torch
     from shisa.chat_format import install_template
-    from shisa.train import quiet, save_model
+    from shisa.models import quiet, save_model
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
@@ -157,7 +157,7 @@ def test_benchmark_records_score_to_the_table(toy_run: Path) -> None:
 
 
 def test_shots_fit_the_context(toy_run: Path) -> None:
-    from shisa.train import load_tokenizer
+    from shisa.models import load_tokenizer
 
     artifact = Artifact(toy_run / "70_jaster")
     tokenizer = load_tokenizer(toy_run / "61_dpo" / "model")
@@ -172,7 +172,7 @@ def test_shots_fit_the_context(toy_run: Path) -> None:
 
 
 def test_prompts_that_do_not_fit_are_counted(toy_run: Path, tmp_path: Path) -> None:
-    from shisa.train import load_tokenizer
+    from shisa.models import load_tokenizer
 
     tokenizer = load_tokenizer(toy_run / "61_dpo" / "model")
     work = new_work(tmp_path, "70_jaster")
@@ -209,7 +209,7 @@ def test_release_is_complete_and_checked(toy_run: Path) -> None:
     shards = sorted(p.name for p in folder.glob("*.safetensors"))
     assert len(shards) > 1 and (folder / "model.safetensors.index.json").is_file()
     told = json.loads((folder / "generation_config.json").read_text())
-    from shisa.train import load_tokenizer, padding_ids
+    from shisa.models import load_tokenizer, padding_ids
 
     assert told["suppress_tokens"] == padding_ids(load_tokenizer(folder)) and told["eos_token_id"] == 2
     assert "generation" not in (folder / "chat_template.jinja").read_text().replace("add_generation_prompt", "")

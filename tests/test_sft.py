@@ -14,8 +14,9 @@ from shisa import dpo, sft
 from shisa.chat_format import encode_conversation, install_template
 from shisa.config import ShisaError
 from shisa.infer import complete, generate, stream
-from shisa.train import load_model, padding_ids
-from shisa.launch import IGNORE, guard_padding_rows, last_complete, order_rows, trainer_arguments
+from shisa.models import load_model, padding_ids
+from shisa.packing import IGNORE
+from shisa.tuning import guard_padding_rows, last_complete, order_rows, trainer_arguments
 
 SETTINGS = sft.SftSettings(learning_rate=1e-3, epochs=2, batch_size=4, micro_batch=2, neftune_alpha=5.0,
                            warmup_share=0.1, checkpoint_every=2, seed=0)

@@ -99,7 +99,7 @@ def test_draw_meets_its_budget_and_counts_its_passes():
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     from shisa.base import base_tokenizer
-    from shisa.train import load_tokenizer
+    from shisa.models import load_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     base_tokenizer(folder)
@@ -169,7 +169,7 @@ def test_padding_rows_have_no_probability_and_survive_a_reload(tmp_path):
     from shisa.base import mistral_model_file, save_spm_tokenizer
     from shisa.base import pad_pieces
     from shisa.pieces import spm_proto
-    from shisa.train import load_model, load_tokenizer, pad_id, padding_ids, save_model
+    from shisa.models import load_model, load_tokenizer, pad_id, padding_ids, save_model
 
     proto = spm_proto(mistral_model_file())
     pad_pieces(proto)
@@ -187,7 +187,7 @@ def test_padding_rows_have_no_probability_and_survive_a_reload(tmp_path):
 
 def test_a_base_is_fetched_from_a_folder_laid_out_like_the_hub(tmp_path, tokenizer):
     from shisa.base import fetch, mistral_model_file
-    from shisa.train import load_model, load_tokenizer
+    from shisa.models import load_model, load_tokenizer
 
     hub = tmp_path / "hub"
     toy(32_000, 8).save_pretrained(hub, max_shard_size="1MB")
@@ -246,7 +246,8 @@ def test_the_sum_over_drawn_rows_is_right_on_average():
 
 def test_some_of_the_rows_train_and_resume_and_leave_padding_alone(spec, tmp_path):
     from shisa.base import new_model
-    from shisa.train import TrainSettings, mask_padding, train_lm
+    from shisa.models import mask_padding
+    from shisa.train import TrainSettings, train_lm
 
     packed = Packed.load(Path(spec["packed"]))
     plan = TrainSettings(**{**spec["settings"], "candidates": 500})
@@ -282,7 +283,7 @@ def one_thread_a_process(monkeypatch):
 def spec(tmp_path_factory):
     """A toy model and packed file as 31_pretrain's `train` wants them."""
     from shisa.base import base_tokenizer
-    from shisa.train import load_tokenizer, save_model
+    from shisa.models import load_tokenizer, save_model
 
     folder = tmp_path_factory.mktemp("spec")
     base_tokenizer(folder / "tokenizer")
