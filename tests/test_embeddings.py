@@ -33,6 +33,7 @@ from shisa.embeddings import (
     static_vectors,
     vocabulary_layers,
 )
+from shisa.models import load_model, load_tokenizer, mask_padding, padding_ids, read_header, save_model
 from shisa.packing import cut, encode_documents, encode_texts, pack
 from shisa.pieces import append_pieces, spm_processor, spm_proto
 from shisa.sample import documents
@@ -411,9 +412,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from shisa.embeddings import resize_checkpoint
-from shisa.models import (
-    generation_config, load_model, load_tokenizer, mask_padding, padding_ids, read_header, save_model,
-)
+from shisa.models import generation_config, load_tokenizer
 source, target, base, extended, method = sys.argv[1:]
 def kib(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
