@@ -5,8 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
+settings.register_profile("shisa", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault
+settings.load_profile("shisa")
 RUN = Path(os.environ.get("SHISA_TEST_RUN") or ROOT / "runs" / "tests" / "tiny")
 
 

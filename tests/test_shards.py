@@ -142,7 +142,7 @@ def test_ray_gives_the_same_bytes_and_keeps_what_is_finished(plain, tmp_path):
         assert work.map_shards("double", step, range(7), config) == [{"item": n, "double": 2 * n} for n in range(7)]
         """
     run = python(program, tmp_path, RAY_DEDUP_LOGS="0", RAY_USAGE_STATS_ENABLED="0")
-    _, told = run.communicate(timeout=300)
+    _, told = run.communicate(timeout=540)
     assert run.returncode == 0, told[-3000:]
     assert outcome(tmp_path / "out") == plain
     assert sorted((tmp_path / "out" / "log").read_text().split()) == [str(item) for item in ITEMS]  # each once
