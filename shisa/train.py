@@ -34,7 +34,7 @@ class TrainSettings:
 
     `candidates`: output rows that a micro-batch looks at, on average, beside those of its targets; 0: all rows.
     `rows_from`: only embedding and output rows from this id on learn; 0: everything does. `skip`: steps passed over, whose
-    sequences another training reads. `loss`: plain, chunked or liger (lib/08_losses). `recompute`: keep no activations inside a
+    sequences another training reads. `loss`: plain, chunked or liger (lib/08_losses). `gradient_checkpointing`: keep no activations inside a
     layer, compute them again in the backward pass (gradient checkpointing). `attention`: sdpa or flash_attention_2.
     """
 
@@ -54,7 +54,7 @@ class TrainSettings:
     skip: int = 0
     beta2: float = 0.95
     loss: str = "plain"
-    recompute: bool = False
+    gradient_checkpointing: bool = False
     attention: str = "sdpa"
 
     def rate(self, step: int) -> float:
@@ -276,12 +276,12 @@ def prepared(model: Any, settings: TrainSettings) -> Iterator[None]:
     except (ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:160]
         raise ShisaError(f"attention {settings.attention}: {reason}; choose sdpa") from None
-    if settings.recompute:
+    if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        if settings.recompute:
+        if settings.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         model.set_attn_implementation(before)
 
