@@ -195,6 +195,7 @@ def extrapolate(rows: list[dict[str, Any]], args: argparse.Namespace, peak: floa
 def mfu(args: argparse.Namespace) -> dict[str, Any]:
     """The whole measurement as plain JSON."""
     import torch
+
     from shisa.models import quiet
 
     quiet()
@@ -217,6 +218,7 @@ def mfu(args: argparse.Namespace) -> dict[str, Any]:
 def one_loss(args: argparse.Namespace) -> dict[str, Any]:
     """Forward and backward of one loss in this process: peak bytes above what the inputs hold, median seconds, the loss itself."""
     import torch
+
     from shisa.losses import chunked_cross_entropy, liger_cross_entropy
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from shisa.config import ShisaError, file_sha256
 from shisa.packing import Packed, cut, pack
 from shisa.train import Follow, TrainSettings, broken, last_checkpoint, train_lm
@@ -184,7 +185,7 @@ print(kills, inside)
 
 def test_killed_at_ten_random_moments_some_inside_a_save_gives_the_same_bytes(tmp_path):
     code = LIVES.format(tests=str(ROOT / "tests"), root=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     kills, inside = map(int, done.stdout.split()[-2:])

@@ -9,11 +9,12 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_checkpoints import packed_toy, toy
+
 from shisa.config import ShisaError
 from shisa.losses import chunked_cross_entropy, liger_cross_entropy, loss_module
 from shisa.packing import IGNORE, Packed, Window, cut, encode_documents, pack, score_windows
 from shisa.train import Follow, TrainSettings, train_lm
-from test_checkpoints import packed_toy, toy
 
 
 def parts(tokens: int, rows: int, seed: int, dtype: str = "float32", device: str = "cpu"):
@@ -109,6 +110,7 @@ PLAN = TrainSettings(steps=8, batch=4, micro_batch=2, learning_rate=1e-2, warmup
 @pytest.mark.parametrize("change", [{"loss": "chunked"}, {"gradient_checkpointing": True}, {"loss": "chunked", "gradient_checkpointing": True}])
 def test_numeric_settings_change_a_training_by_rounding_alone(change, tmp_path):
     import torch
+
     from shisa.models import mask_padding
 
     def trained(plan, name):
@@ -200,6 +202,7 @@ def spec_of(folder: Path, **changes) -> dict:
 
 def test_watched_windows_stand_in_the_log_the_steps_and_the_tracker(tmp_path, monkeypatch):
     from accelerate.tracking import GeneralTracker
+
     from shisa import pretrain
     from shisa.models import load_model, load_tokenizer
 
