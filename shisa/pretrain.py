@@ -354,11 +354,12 @@ def plot(artifact: Artifact) -> Any:
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
     left.plot(steps["tokens"] / 1e3, steps["loss"], linewidth=0.8)
     left.set(xlabel="thousand tokens", ylabel="loss (nats a token)", title="Pre-training")
-    for number, (kind, base) in enumerate(sorted(artifact.metrics["watched"]["base"].items())):
+    watched = artifact.metrics["watched"]["base"]
+    for number, kind in enumerate(kind for kind in ("en", "ja", "code", "math") if kind in watched):
         if f"bits_{kind}" in steps.columns:
             seen = steps.drop_nulls(f"bits_{kind}")
             middle.plot(seen["tokens"] / 1e3, seen[f"bits_{kind}"], "o-", color=f"C{number}", markersize=3, linewidth=0.8, label=kind)
-        middle.axhline(base, color=f"C{number}", linestyle=":", linewidth=0.8)
+        middle.axhline(watched[kind], color=f"C{number}", linestyle=":", linewidth=0.8)
     middle.set(xlabel="thousand tokens", ylabel="bits per byte", title="Watched windows")
     middle.legend()
     names, languages = ("base", "untrained", "counted", "unigram", "trained"), sorted(bits["trained"])
