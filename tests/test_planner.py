@@ -42,7 +42,7 @@ def test_flops_give_the_published_share_of_the_peak(parameters, length, tokens, 
 
 def test_flops_of_a_shape_are_those_of_the_real_model():
     from shisa.base import new_model
-    from shisa.pretrain import flops_per_token
+    from shisa.ablations import flops_per_token
 
     model = new_model(1_000, 64, 2, 4, 128, 0)
     shape = shape_of(model.config.to_dict())

@@ -209,7 +209,7 @@ def test_a_base_is_fetched_from_a_folder_laid_out_like_the_hub(tmp_path, tokeniz
 @given(st.lists(st.integers(-1, 50), min_size=2, max_size=80).filter(lambda counts: max(counts) >= 0), st.integers(1, 100))
 @settings(deadline=None)
 def test_rows_are_drawn_as_often_as_they_are_frequent(counts, candidates):
-    from shisa.train import inclusion
+    from shisa.losses import inclusion
 
     shown, there = inclusion(np.array(counts), candidates), sum(count >= 0 for count in counts)
     assert shown.sum() == pytest.approx(min(candidates, there)) and 0 <= shown.min() and shown.max() <= 1
@@ -222,7 +222,7 @@ def test_rows_are_drawn_as_often_as_they_are_frequent(counts, candidates):
 @settings(deadline=None)
 def test_looking_at_every_row_is_the_plain_loss(rows, tokens, seed):
     import torch
-    from shisa.train import inclusion, sampled_cross_entropy
+    from shisa.losses import inclusion, sampled_cross_entropy
 
     draw = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(tokens, 8, generator=draw), torch.randn(rows, 8, generator=draw)
@@ -235,7 +235,7 @@ def test_looking_at_every_row_is_the_plain_loss(rows, tokens, seed):
 
 def test_the_sum_over_drawn_rows_is_right_on_average():
     import torch
-    from shisa.train import inclusion, sampled_cross_entropy
+    from shisa.losses import inclusion, sampled_cross_entropy
 
     hidden, weight = torch.randn(61, 8, generator=torch.Generator().manual_seed(0)).split([1, 60])
     label, shown = torch.tensor([7]), inclusion(np.arange(60), 20)
