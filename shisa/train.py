@@ -123,10 +123,11 @@ def make_accelerator(settings: TrainSettings) -> Any:
     if left or not accumulate:
         shape = f"micro-batch {settings.micro_batch} × {world} processes"
         raise ShisaError(f"batch {settings.batch} is not a multiple of {shape}; change one of them")
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=accumulate,
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # with cpu=True accelerate would leave it out
+    accelerator = Accelerator(cpu=not torch.cuda.is_available() and not deepspeed, gradient_accumulation_steps=accumulate,
                               mixed_precision="bf16" if settings.dtype == "bfloat16" else "no")
-    if plugin := accelerator.state.deepspeed_plugin:  # it would look for this in a data loader
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.micro_batch
+    if plugin := accelerator.state.deepspeed_plugin:  # it would look for this in a data loader, and clip at 1
+        plugin.deepspeed_config |= {"train_micro_batch_size_per_gpu": settings.micro_batch, "gradient_clipping": settings.clip}
     return accelerator
 
 
