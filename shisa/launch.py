@@ -31,7 +31,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from .config import ShisaError, markdown_table
+from .config import ShisaError
 
 # %% ../nbs/lib/10_launch.ipynb #4117fbdf
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def choose_setting(processes: int, zero3: bool = False, machines: int = 1, gpus:
     many = [one for one in fitting if (one.processes > 1) == (processes > 1)] or fitting
     return min(many, key=lambda one: ((one.machines > 1) != (machines > 1), abs(one.processes - processes)))
 
-# %% ../nbs/lib/10_launch.ipynb #2618525f
+# %% ../nbs/lib/10_launch.ipynb #96457ad3
 def launch_command(module: str, config_path: Path, processes: int = 1, zero3: bool = False, gpus: int | None = None) -> list[str]:
     """The `accelerate launch` command that runs `python -m module config_path` in so many processes (of all machines)."""
     machines = int(os.environ.get("SHISA_MACHINES") or 1)
@@ -126,7 +126,7 @@ def launch_command(module: str, config_path: Path, processes: int = 1, zero3: bo
 
 
 def training_environment(processes: int = 1) -> dict[str, str]:
-    """Variables for `processes` training processes on this machine: threads for each, no spinning, memory kept, a short shutdown."""
+    """Variables for `processes` training processes on this machine: threads, no spinning, memory kept, a short shutdown."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes)),
@@ -136,7 +136,7 @@ def training_environment(processes: int = 1) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
 
-# %% ../nbs/lib/10_launch.ipynb #4a3d6af3
+# %% ../nbs/lib/10_launch.ipynb #25f3f0f0
 MARK = "SHISA_LAUNCH"
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: between fork and exec is no time to load
 
@@ -192,7 +192,7 @@ def held_signals() -> Iterator[list[int]]:
         if noted:
             os.kill(os.getpid(), noted[0])
 
-# %% ../nbs/lib/10_launch.ipynb #4d32c5c6
+# %% ../nbs/lib/10_launch.ipynb #15aba8b1
 ERROR = re.compile(r"^(\[rank\d+\]: ?)?[\w.]+(Error|Exception|Interrupt): ")
 LAUNCHERS = re.compile("CalledProcessError|ChildFailedError|SignalException")
 REPORTED = re.compile(r"time\s*: (\S+)\nhost\s*: .*\nrank\s*: (\d+) \(local_rank: \d+\)\nexitcode\s*: (-?\d+) ")  # by torchrun
@@ -242,7 +242,7 @@ def failure(status: int, tail: list[str], log: Path) -> ShisaError:
     last = "\n".join(line for line in tail[-30:] if not line.startswith("failed\t"))
     return ShisaError(f"training ended with status {status}: {why}{f' ({advice})' if advice else ''}; the whole log: {log}\n{last}")
 
-# %% ../nbs/lib/10_launch.ipynb #e72677bf
+# %% ../nbs/lib/10_launch.ipynb #1bf1862d
 def _follow(process: subprocess.Popen, mark: str, noted: list[int], line: Callable[[str], None], patience: float) -> None:
     """Hand on the output line by line until it ends, a signal is noted, or the launcher is gone (others may hold its pipe).
 
@@ -329,7 +329,7 @@ def launch(module: str, config_path: Path, processes: int = 1, zero3: bool = Fal
         say(f"OMP_NUM_THREADS={own['OMP_NUM_THREADS']} {shlex.join(command)}")
     stream(command, log, own, line, patience)
 
-# %% ../nbs/lib/10_launch.ipynb #3610dd05
+# %% ../nbs/lib/10_launch.ipynb #872194b6
 def join_world() -> None:
     """Prepare DeepSpeed in a launched process: find its file beside the accelerate file; on the CPU, talk through gloo."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":

@@ -1,7 +1,6 @@
 """Starting training processes, and ending them: real processes, on the CPU; Slurm by stand-ins for its commands."""
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -145,10 +144,9 @@ def test_a_rank_that_raises_is_named_with_the_tail(tmp_path):
     assert "Root Cause" in str(error.value) and "rank      : 1" in str(error.value)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_refusal_reaches_the_user_as_one_line(tmp_path, processes):
+def test_a_refusal_reaches_the_user_as_one_line(tmp_path):
     with pytest.raises(ShisaError) as error:
-        launch("launch_toys", toy(tmp_path, "refuse"), processes, say=str)
+        launch("launch_toys", toy(tmp_path, "refuse"), 2, say=str)
     assert str(error.value) == "the checkpoint was written by 4 processes, there are 2; set processes to 4"
 
 
@@ -187,7 +185,7 @@ def alive(number: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize(("processes", "name"), [(1, "SIGINT"), (2, "SIGINT"), (2, "SIGTERM"), (2, "SIGKILL")])
+@pytest.mark.parametrize(("processes", "name"), [(1, "SIGINT"), (2, "SIGTERM"), (2, "SIGKILL")])
 def test_no_process_outlives_the_one_that_launched(tmp_path, monkeypatch, processes, name):
     """By the mark that they inherit, whatever their parents, groups and sessions."""
     config, mark = toy(tmp_path, "sleep"), f"test-{tmp_path.name}/"
@@ -349,3 +347,85 @@ def test_a_job_that_fails_on_one_node_ends_on_all_and_is_not_queued_again(cluste
 def test_slurm_says_how_it_is_used():
     done = subprocess.run(["bash", str(launch_file("slurm.sh"))], capture_output=True, text=True)
     assert done.returncode == 2 and "usage: sbatch slurm.sh COMMAND" in done.stderr
+
+
+# ---- 31_pretrain's own training, launched
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    """A toy model and packed file as 31_pretrain's `train` wants them."""
+    from shisa.base import base_tokenizer, new_model
+    from shisa.models import load_tokenizer, save_model
+    from shisa.packing import cut, encode_documents, pack
+
+    folder = tmp_path_factory.mktemp("spec")
+    base_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    save_model(new_model(len(tokenizer), 8, 1, 2, 64, 0), tokenizer, folder / "model")
+    texts = [f"Number {i} comes after number {i - 1}." * (1 + i % 5) for i in range(80)]
+    pack(cut(encode_documents(tokenizer, texts), 32), 32, pad_id=0).save(folder / "packed.parquet")
+    training = {"steps": 12, "batch": 4, "micro_batch": 1, "learning_rate": 1e-2, "checkpoint_every": 3, "warmup": 2}
+    return {"model": str(folder / "model"), "packed": str(folder / "packed.parquet"), "settings": training}
+
+
+def placed(spec: dict, folder: Path, **changes) -> tuple[dict, Path]:
+    """The spec with places of its own, and the file it is written to."""
+    folder.mkdir(parents=True)
+    own = {**spec, **changes, "checkpoints": str(folder / "checkpoints"), "output": str(folder / "trained")}
+    (folder / "config.json").write_text(json.dumps(own))
+    return own, folder / "config.json"
+
+
+@pytest.fixture(scope="module")
+def alone(spec, tmp_path_factory):
+    """The step log of the same training in one process, this one."""
+    from shisa.pretrain import train
+
+    own, _ = placed(spec, tmp_path_factory.mktemp("alone") / "one")
+    train(own)
+    return pl.read_parquet(Path(own["output"]) / "steps.parquet")
+
+
+def test_two_processes_train_as_one_does(spec, alone, tmp_path):
+    own, config = placed(spec, tmp_path / "two")
+    lines = []
+    launch("shisa.pretrain", config, processes=2, say=str, line=lines.append)
+    assert sum(line.startswith("progress") for line in lines) == 12  # the main process alone tells
+    two = pl.read_parquet(Path(own["output"]) / "steps.parquet")
+    assert np.allclose(alone["loss"], two["loss"], atol=1e-4) and alone["tokens"].equals(two["tokens"])
+    assert two["loss"][-1] < two["loss"][0]
+
+
+def test_zero3_trains_as_one_process_does_and_goes_on_after_a_rank_was_killed(spec, alone, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is in the extra [train]")
+    from shisa.models import load_model
+
+    own, config = placed(spec, tmp_path / "killed")
+    mark, when = f"test-{tmp_path.name}/", []
+    monkeypatch.setenv(rooms.MARK, mark)
+
+    def kill_one(text: str) -> None:
+        if text.startswith("progress\tstep 8"):
+            ranks = [n for n in marked(mark) if f"RANK={len(when)}".encode() in Path(f"/proc/{n}/environ").read_bytes().split(b"\0")]
+            when.append(time.monotonic())
+            os.kill(ranks[0], signal.SIGKILL)
+
+    with pytest.raises(ShisaError, match="rank 0 was killed by SIGKILL"):
+        launch("shisa.pretrain", config, processes=2, zero3=True, say=str, line=kill_one)
+    assert not marked(mark) and time.monotonic() - when[0] < 10 and not Path(own["output"]).exists()
+    lines: list[str] = []
+    launch("shisa.pretrain", config, processes=2, zero3=True, say=str, line=lines.append)
+    assert [line.split("\t")[2] for line in lines if line.startswith("progress")] == [str(step) for step in range(7, 13)]
+    whole, config = placed(spec, tmp_path / "whole")
+    launch("shisa.pretrain", config, processes=2, zero3=True, say=str)
+    again, never = (pl.read_parquet(Path(each["output"]) / "steps.parquet") for each in (own, whole))
+    assert again["loss"].equals(never["loss"]) and again["grad_norm"].equals(never["grad_norm"])
+    assert np.allclose(alone["loss"], never["loss"], atol=1e-4) and np.allclose(alone["grad_norm"], never["grad_norm"], rtol=1e-3)
+    one, other = (load_model(Path(each["output"]) / "model").state_dict() for each in (own, whole))
+    assert all(one[name].equal(other[name]) for name in one) and not any(t.isnan().any() for t in one.values())
+
+
+def test_a_missing_file_in_a_launched_training_is_one_error_with_the_tail(spec, tmp_path):
+    _, config = placed(spec, tmp_path / "bad", packed="no-such.parquet")
+    with pytest.raises(ShisaError, match="status 1.*no-such.parquet"):
+        launch("shisa.pretrain", config, processes=1, say=str)
