@@ -425,9 +425,3 @@ def test_zero3_trains_as_one_process_does_and_goes_on_after_a_rank_was_killed(sp
     assert np.allclose(alone["loss"], never["loss"], atol=1e-4) and np.allclose(alone["grad_norm"], never["grad_norm"], rtol=1e-3)
     one, other = (load_model(Path(each["output"]) / "model").state_dict() for each in (own, whole))
     assert all(one[name].equal(other[name]) for name in one) and not any(t.isnan().any() for t in one.values())
-
-
-def test_a_missing_file_in_a_launched_training_is_one_error_with_the_tail(spec, tmp_path):
-    _, config = placed(spec, tmp_path / "bad", packed="no-such.parquet")
-    with pytest.raises(ShisaError, match="status 1.*no-such.parquet"):
-        launch("shisa.pretrain", config, processes=1, say=str)
