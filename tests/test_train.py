@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -332,59 +331,6 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(spec, tmp_path)
     told = [line.split("\t")[2] for line in third.stdout if line.startswith("progress")]
     assert third.wait() == 0 and told[0] == "7"
     assert hashes(tmp_path / "a" / "trained") == hashes(tmp_path / "b" / "trained")
-
-
-def test_two_processes_train_as_one_does(spec, tmp_path):
-    from shisa.launch import launch
-    from shisa.pretrain import train
-
-    alone, _ = placed(spec, tmp_path / "one")
-    train(alone)
-    together, config = placed({**spec, "settings": {**spec["settings"], "micro_batch": 1}}, tmp_path / "two")
-    said, lines = [], []
-    launch("shisa.pretrain", config, processes=2, say=said.append, line=lines.append)
-    assert said[0].startswith("accelerate launch --num_processes 2") and said[0].endswith(str(config))
-    assert sum(line.startswith("progress") for line in lines) == 12  # the main process alone tells
-    one, two = (pl.read_parquet(Path(own["output"]) / "steps.parquet") for own in (alone, together))
-    assert np.allclose(one["loss"], two["loss"], atol=1e-4) and one["tokens"].equals(two["tokens"])
-    assert one["loss"][-1] < one["loss"][0]
-    assert config.with_suffix(".log").is_file()
-
-
-def test_a_failing_worker_is_one_error_with_the_tail(spec, tmp_path):
-    from shisa.launch import launch
-
-    _, config = placed(spec, tmp_path / "bad", packed="no-such.parquet")
-    with pytest.raises(ShisaError, match="status 1.*no-such.parquet"):
-        launch("shisa.pretrain", config, processes=1, say=lambda text: None)
-
-
-def test_workers_do_not_outlive_the_process_that_launched_them(spec, tmp_path):
-    _, config = placed({**spec, "settings": {**spec["settings"], "steps": 100_000, "checkpoint_every": 100_000}}, tmp_path / "long")
-    code = f"import pathlib, shisa.launch as l; l.launch('shisa.pretrain', pathlib.Path({str(config)!r}), 2, line=print)"
-    runner = subprocess.Popen([sys.executable, "-u", "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
-    for line in runner.stdout:
-        if line.startswith("progress"):
-            break
-    assert _alive(config)
-    runner.kill()
-    runner.wait()
-    deadline = time.monotonic() + 10
-    while _alive(config) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not _alive(config)
-
-
-def _alive(config: Path) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(config) in path.read_text() and "-c" not in path.read_text().split("\0")[:3]:
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 def test_a_batch_that_does_not_divide_is_refused(spec, tmp_path):
