@@ -54,18 +54,6 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def chunked_loss(hidden: Any, weight: Any, labels: Any, chunk: int) -> Any:
-    """Summed cross entropy whose logits exist for `chunk` tokens at once, in the backward pass too."""
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    def part(some: Any, wanted: Any) -> Any:
-        return torch.nn.functional.cross_entropy((some @ weight.T).float(), wanted, reduction="sum")
-
-    pieces = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    return sum(checkpoint(part, some, wanted, use_reentrant=False) for some, wanted in pieces)
-
-
 def make(job: Job) -> tuple[Any, Any]:
     """A model of the job's shape, in its precision, and AdamW."""
     import torch
@@ -105,8 +93,10 @@ def loss_of(model: Any, job: Job, inputs: dict[str, Any]) -> Any:
     labels = inputs["input_ids"].flatten()
     with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "autocast"):
         if job.loss == "chunked":
+            from shisa.losses import chunked_cross_entropy
+
             hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
-            return chunked_loss(hidden, model.get_output_embeddings().weight, labels, job.chunk)
+            return chunked_cross_entropy(hidden, model.get_output_embeddings().weight, labels, size=job.chunk) / len(labels)
         return torch.nn.functional.cross_entropy(model(**inputs).logits.flatten(0, 1).float(), labels)
 
 
