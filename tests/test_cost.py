@@ -189,7 +189,7 @@ def test_memory_of_a_real_zero3_step_is_within_15_percent_in_both_processes():
 def test_the_committed_study_holds_a_zero3_step_within_15_percent():
     study = json.loads((ROOT / "nbs" / "studies" / "memory.json").read_text(encoding="utf-8"))
     cases = {row["case"]: row["predicted_mib"] / row["measured_mib"] for row in study["rows"]}
-    assert sum("ZeRO-3" in case for case in cases) >= 3 and all(abs(ratio - 1) < 0.15 for ratio in cases.values()), cases
+    assert any("ZeRO-3" in case for case in cases) and all(abs(ratio - 1) < 0.15 for ratio in cases.values()), cases
     measuring = benchmark()
     for row in study["rows"]:  # the formula of today, on the cases as they were measured
         again = sum(memory(measuring.CASES[row["case"]], study["settings"]).values()) / 2**20
