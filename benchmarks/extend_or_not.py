@@ -12,8 +12,9 @@ from pathlib import Path
 
 from shisa.base import mistral_model_file
 from shisa.config import ShisaError, markdown_table
+from shisa.cost import BASES, MACHINES
 from shisa.pieces import spm_processor, spm_proto
-from shisa.planner import BASES, MACHINES, Case, at_most, compare, config, drawn_texts, model_pieces, other_paths
+from shisa.planner import Case, at_most, compare, config, drawn_texts, model_pieces, other_paths
 from tokenizer import texts_in
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STYLE', 'opened', 'tokenizer_rows', 'training_rows', 'chat_rows', 'headline', 'score_rows', 'planner_rows',
            'prediction_rows', 'use_fonts', 'pictures', 'seconds_by_chapter', 'replies', 'sections', 'html_table',
-           'write_report', 'console_table', 'model_folder', 'load_chat', 'reply', 'ask', 'shorten', 'chat',
-           'serve_command']
+           'write_report', 'console_table', 'print_tables', 'show_plan', 'model_folder', 'load_chat', 'reply', 'ask',
+           'shorten', 'chat', 'serve_command']
 
 # %% ../nbs/lib/12_report.ipynb #eb29c195
 import base64
@@ -232,6 +232,45 @@ def console_table(profile: str, root: Path) -> str:
     return console.file.getvalue()
 
 # %% ../nbs/lib/12_report.ipynb #b95ba0d6
+def print_tables(tables: dict[str, list[dict[str, Any]]]) -> None:
+    """Print rows as tables, each under its title; a table without rows is left out. 150 columns wide where nobody looks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console() if Console().is_terminal else Console(width=150)
+    for title, rows in tables.items():
+        if rows:
+            table = Table(*rows[0], title=title or None, title_justify="left")
+            for row in rows:
+                table.add_row(*(f"{value:,.4g}" if isinstance(value, float) and value < 1e4 else
+                                f"{value:,.0f}" if isinstance(value, float) else str(value) for value in row.values()))
+            console.print(table)
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    """Print the plan of a profile."""
+    trainings, gib = plan["trainings"], 2.0**30
+    print(f"{plan['profile']} on {plan['machine']}: {plan['mfu']:.1%} of the peak, {plan['price']} USD an hour ({plan['source']})")
+    spent = {"training": "all", "million tokens": "", "PFLOPs": plan["all"]["flops"] / 1e15, "tokens/s/GPU": "", "GPUs": "",
+             "GPU-hours": plan["all"]["gpu_hours"], "days": plan["all"]["days"], "USD": plan["all"]["usd"]}
+    print_tables({
+        "Parameters, millions": [{part: count / 1e6 for part, count in {**plan["parameters"], "all": sum(plan["parameters"].values())}.items()}],
+        "Trainings": [{"training": row["name"], "million tokens": row["tokens"] / 1e6, "PFLOPs": row["flops"] / 1e15,
+                       "tokens/s/GPU": row["tokens_per_second_per_gpu"], "GPUs": row["gpus"], "GPU-hours": row["gpu_hours"],
+                       "days": row["days"], "USD": row["usd"]} for row in trainings] + [spent],
+        "Memory of one GPU at the worst moment of a step, GiB": [
+            {"training": row["name"], **{part: size / gib for part, size in row["memory"].items()}, "all": row["memory_all"] / gib,
+             "fits": ", ".join(name for name, holds in row["fits"].items() if holds) or "none"} for row in trainings],
+        "The same by ZeRO stage, GiB": [{"training": row["name"], "planned": f"stage {row['zero']}", **{
+            f"stage {stage}": size / gib for stage, size in row["memory_by_stage"].items()}} for row in trainings],
+        "Disk and download, GB": [{"what": what, "GB": size / 1e9} for group in ("disk", "download")
+                                  for what, size in {**plan[group], f"all {group}": sum(plan[group].values())}.items()],
+        "Translation by API": [plan["translation"]],
+        "Predicted and measured": [{"training": row["name"], "seconds, predicted": row["seconds_predicted"], "measured": float(row["seconds"]),
+                                    "of": row["of"], "tokens/s/GPU": row["tokens_per_second_per_gpu"], "share of peak": row["mfu"]}
+                                   for row in plan["measured"]]})
+
+# %% ../nbs/lib/12_report.ipynb #e2bd5f35
 def model_folder(profile: str = "tiny", out: str | Path = "") -> Path:
     """The folder of the run's chat model: its release, else what 61_dpo made; `ShisaError` where there is neither."""
     root = run_root(profile, out)

@@ -95,7 +95,7 @@ def test_help_imports_neither_polars_nor_the_chapters():
             "try:\n    main()\nexcept SystemExit: pass\nprint(sorted(m for m in sys.modules if m in ('polars', 'numpy') or m.startswith('shisa.')))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip().endswith("['shisa.cli', 'shisa.config']"), done.stdout[-300:] + done.stderr[-2000:]
-    for command in ("run", "status", "study", "score", "ask", "refresh", "prepare", "docs"):
+    for command in ("run", "status", "plan", "study", "score", "ask", "refresh", "prepare", "docs"):
         assert f" {command} " in done.stdout
 
 

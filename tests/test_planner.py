@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from shisa import planner
 from shisa.config import ShisaError
-from shisa.planner import BASES, MACHINES, Case, Shape, added_memory, break_even, compare, fewest_tokens, shape_of, training_flops
+from shisa.cost import BASES, MACHINES, PARTS, Machine, Shape, shape_of, training_flops
+from shisa.planner import Case, added_memory, break_even, compare, fewest_tokens, model_pieces, token_count
 from shisa.stage import Artifact, lineage, run_stage
 
-MISTRAL, CONFIG, A100 = BASES["Mistral 7B"], planner.config("a100x16"), MACHINES["16 × A100-40"]
+MISTRAL, CONFIG, A100 = BASES["Mistral 7B"], planner.config("a100x16"), MACHINES["A100-40"]
 TEXT = 16.6e9
 gains = st.floats(0.5, 4)
 positive = st.floats(1e-6, 1e12)
@@ -34,7 +35,7 @@ def test_shapes_have_the_published_parameters(base, parameters):
 
 
 @pytest.mark.parametrize(("parameters", "length", "tokens", "machine", "mfu"), [  # llm-foundry's table, 7B
-    (6_658_859_008, 2048, 3_645, "16 × A100-40", 0.504), (6_667_247_616, 4096, 8_611, "H100", 0.4042)])
+    (6_658_859_008, 2048, 3_645, "A100-40", 0.504), (6_667_247_616, 4096, 8_611, "H100", 0.4042), (6_667_247_616, 4096, 3_684, "A100-80", 0.5484)])
 def test_flops_give_the_published_share_of_the_peak(parameters, length, tokens, machine, mfu):
     assert abs(tokens * training_flops(parameters, 32, 4096, length) / MACHINES[machine].peak - mfu) < 0.001
     assert abs(MACHINES[machine].mfu - mfu) < 0.001
@@ -176,19 +177,20 @@ def test_no_tokenizer_is_below_the_bound_of_its_own_pieces():
     from shisa.base import mistral_model_file
 
     paths = {"Mistral": mistral_model_file(), **planner.other_paths(planner.config("tiny"))}
-    opened = {name: planner.open_other(path) for name, path in paths.items()}
-    everything = set().union(*(pieces for _, pieces in opened.values()))
-    for count, pieces in opened.values():
-        assert sum(map(len, JAPANESE)) > count(JAPANESE) / 4 > 0
-        assert count(JAPANESE) >= fewest_tokens(JAPANESE, pieces) >= fewest_tokens(JAPANESE, everything)
-    assert len(opened["Mistral Nemo 12B"][1]) > 130_000
-    assert opened["Mistral Nemo 12B"][0](JAPANESE[:2]) < opened["Mistral"][0](JAPANESE[:2])
+    pieces = {name: model_pieces(path) for name, path in paths.items()}
+    used = {name: token_count(path, JAPANESE) for name, path in paths.items()}
+    everything = set().union(*pieces.values())
+    for name in paths:
+        assert sum(map(len, JAPANESE)) > used[name] / 4 > 0
+        assert used[name] >= fewest_tokens(JAPANESE, pieces[name]) >= fewest_tokens(JAPANESE, everything)
+    assert len(pieces["Mistral Nemo 12B"]) > 130_000
+    assert token_count(paths["Mistral Nemo 12B"], JAPANESE[:2]) < token_count(paths["Mistral"], JAPANESE[:2])
 
 
 def test_a_json_that_is_no_tekken_file_is_refused(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ShisaError, match="other.json.*tekken"):
-        planner.open_other(tmp_path / "other.json")
+        planner.at_most(tmp_path / "other.json", set(), JAPANESE, MISTRAL)
 
 
 @given(st.lists(st.text("あいう", min_size=1, max_size=30), min_size=1, max_size=20), st.integers(1, 200), st.integers(0, 9))
@@ -232,7 +234,7 @@ def test_text_for_equal_refuses_a_study_in_which_text_did_not_help():
 def test_predicted_seconds_come_from_flops_and_candidates():
     shape = Shape(width=64, layers=2, heads=4, kv_heads=2, head_width=16, hidden=160, rows=1_000)
     metrics = {"steps": 10, "training_seconds": 20}
-    machine = planner.Machine(1, 1e9, 1e9, 1e9, 0.5)
+    machine = Machine(1e9, 1e9, 1e9, 0.5, 1.0, "a toy")
     found = planner.predicted(shape, 128, machine, metrics, {"batch": 2, "candidates": 0, "processes": 1})
     assert found["flops"] == 10 * 2 * 128 * shape.training_flops(128)
     assert found["seconds_predicted"] == pytest.approx(found["flops"] / 5e8) and found["mfu"] == pytest.approx(found["flops"] / 20 / 1e9)
@@ -266,6 +268,8 @@ def test_stage_of_the_whole_run(finished_run):
     assert nemo["break_even_trained"] > ours["break_even_trained"]
     mix = Artifact(finished_run / "30_mix").metrics["tokens"]
     assert own["tokens_after"] == pytest.approx(mix["ja"] + mix["en"])
+    stages = {(row["zero"], row["checkpointing"]): sum(row[part] for part in PARTS) for row in artifact.metrics["memory"]}
+    assert len(stages) == 8 and stages[3, True] < stages[3, False] < stages[0, False]
     seconds = Artifact(finished_run / "31_pretrain").metrics["training_seconds"]
     assert artifact.metrics["predicted"]["seconds"] == seconds and 0 < artifact.metrics["predicted"]["mfu"] < 2
 
