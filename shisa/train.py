@@ -68,7 +68,7 @@ class TrainSettings:
 
     `candidates`: output rows that a micro-batch looks at, on average, beside those of its targets; 0: all rows.
     `rows_from`: only embedding and output rows from this id on learn; 0: everything does. `skip`: steps passed over, whose
-    sequences another training reads.
+    sequences another training reads. `documents_apart`: no token sees another document; False: a packed sequence is one text.
     """
 
     steps: int
@@ -85,6 +85,7 @@ class TrainSettings:
     candidates: int = 0
     rows_from: int = 0
     skip: int = 0
+    documents_apart: bool = True
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (from 0): linear warm-up, then a cosine down to `final_share`."""
@@ -246,6 +247,8 @@ def _step(model: Any, packed: Packed, step: int, settings: TrainSettings, accele
     summed = torch.zeros((), device=accelerator.device)
     for at in range(0, len(rows), micro * world):
         part = packed.batch(rows[at + rank * micro:at + (rank + 1) * micro])
+        if not settings.documents_apart:  # positions that never restart are what makes it one text
+            part["position_ids"] = np.tile(np.arange(packed.length), (len(part["input_ids"]), 1))
         tensors = {name: torch.from_numpy(value).to(accelerator.device) for name, value in part.items()}
         with accelerator.accumulate(model):
             loss = _loss(model, tensors, settings, accelerator, shown, [settings.seed, step, at])
