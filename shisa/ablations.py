@@ -47,7 +47,7 @@ class AblationConfig(StageConfig):
 
 
 def config(profile: str) -> AblationConfig:
-    """The budget of each profile: at most 150 s an arm on two cores, 45 s on a GPU (`h100` not measured yet)."""
+    """The budget of each profile: at most 150 s an arm on two cores, 45 s on a GPU (`h100` not run yet)."""
     return AblationConfig(**{"tiny": {"steps": 8, "heldout_bytes": 4_000, "epochs": 1}, "small": {},
                              "h100": {"heldout_bytes": 400_000}, "a100x16": {}}[profile])
 

@@ -64,7 +64,7 @@ def judge(claim: Claim, rows: list[dict[str, Any]]) -> dict[str, Any]:
     said = {"supports": "support it", "refutes": "refute it", "cannot tell": "cannot tell"}[result]
     limit = f"{claim.limit:+g}%" if claim.limit else "zero"
     sentence = (f"{claim.text} ({claim.source}): {len(found['each'])} seeds {said}. {claim.measure} of {claim.arm} is "
-                f"{found['mean']:+.2f}% [{found['low']:+.2f}, {found['high']:+.2f}] from {claim.against}; claimed was {claim.side} {limit}.")
+                f"{found['mean']:+.2f}% [{found['low']:+.2f}, {found['high']:+.2f}] from {claim.against}; claimed: {claim.side} {limit}.")
     return {**asdict(claim), **found, "verdict": result, "sentence": sentence}
 
 # %% ../nbs/lib/17_claims.ipynb #2bb4ccc3
