@@ -247,12 +247,14 @@ def status_rows(profile: str, out: str | Path = "") -> list[dict[str, str]]:
     return rows
 
 # %% ../nbs/lib/11_pipeline.ipynb #2d0f44de
-STUDIES: dict[str, str] = {"controls": "33_ablations:controls", "embeddings": "33_ablations:embeddings_study"}
+STUDIES: dict[str, str] = {"controls": "33_ablations:controls"} | {
+    name: f"33_ablations:ablation:{name}"
+    for name in ("replay", "learning_rate", "vocabulary", "masking", "initialisation", "tuning")}
 
 
 def study(name: str, profile: str, out: str | Path = "") -> Path:
     """Run one study and return the JSON file that it wrote; an unknown name is a `ShisaError`."""
     if name not in STUDIES:
         raise ShisaError(f"unknown study {name!r}; choose one of {', '.join(STUDIES)}")
-    chapter, _, function = STUDIES[name].partition(":")
-    return getattr(module_of(chapter), function)(profile, run_root(profile, out))
+    chapter, function, *which = STUDIES[name].split(":")
+    return getattr(module_of(chapter), function)(profile, run_root(profile, out), *which)
