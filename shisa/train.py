@@ -34,12 +34,9 @@ class TrainSettings:
 
     `candidates`: output rows that a micro-batch looks at, on average, beside those of its targets; 0: all rows.
     `rows_from`: only embedding and output rows from this id on learn; 0: everything does. `skip`: steps passed over, whose
-<<<<<<< HEAD
     sequences another training reads. `loss`: plain, chunked or liger (lib/08_losses). `gradient_checkpointing`: keep no activations inside a
-    layer, compute them again in the backward pass (gradient checkpointing). `attention`: sdpa or flash_attention_2.
-=======
-    sequences another training reads. `documents_apart`: no token sees another document; False: a packed sequence is one text.
->>>>>>> 35347722507914c21379d03397bf685021127106
+    layer, compute them again in the backward pass (gradient checkpointing). `attention`: sdpa or flash_attention_2. `documents_apart`: no
+    token sees another document; False: a packed sequence is one text.
     """
 
     steps: int
@@ -56,14 +53,11 @@ class TrainSettings:
     candidates: int = 0
     rows_from: int = 0
     skip: int = 0
-<<<<<<< HEAD
     beta2: float = 0.95
     loss: str = "plain"
     gradient_checkpointing: bool = False
     attention: str = "sdpa"
-=======
     documents_apart: bool = True
->>>>>>> 35347722507914c21379d03397bf685021127106
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (from 0): linear warm-up, then a cosine down to `final_share`."""
