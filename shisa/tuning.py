@@ -114,8 +114,9 @@ def guard_padding_rows(model: Any, ids: list[int]) -> Any:
     return model
 
 
+@cache
 def sharded() -> bool:
-    """Whether this process was launched to train with DeepSpeed."""
+    """Whether this process was launched to train with DeepSpeed (asked once: the trainer unsets what says so)."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 # %% ../nbs/lib/13_tuning.ipynb #ba00a3a6
@@ -227,13 +228,15 @@ def step_log() -> type:
     return StepLog
 
 # %% ../nbs/lib/13_tuning.ipynb #fe2febef
-def cpu_processes() -> None:
-    """Let accelerate start DeepSpeed in processes without a GPU: they talk through gloo."""
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
+def cpu_processes() -> dict[str, Any]:
+    """Prepare DeepSpeed for processes without a GPU, which talk through gloo; returns the trainer's arguments for it."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+    import deepspeed.ops
+    from accelerate import PartialState
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first, and is not needed
+    PartialState(backend="gloo")
+    return {"accelerator_config": {"use_configured_state": True}}
 
 
 def trainer_arguments(settings: Any, folder: Path, steps: int) -> dict[str, Any]:
@@ -255,8 +258,7 @@ def trainer_arguments(settings: Any, folder: Path, steps: int) -> dict[str, Any]
     if sharded():
         engine = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
         more["deepspeed"] = {**engine, "bf16": {"enabled": half}}
-        if not on_gpu:
-            cpu_processes()
+        more |= {} if on_gpu else cpu_processes()
     return {
         "output_dir": str(folder), "per_device_train_batch_size": settings.micro_batch,
         "gradient_accumulation_steps": accumulate, "num_train_epochs": 1, "max_steps": steps,
