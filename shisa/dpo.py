@@ -327,7 +327,7 @@ def plot(artifact: Artifact) -> Any:
     panels = {"Reward margin": {"margin": "reward_margin"}, "Reward accuracy": {"accuracy": "reward_accuracy"},
               "Rewards": {"reward_chosen": "reward_chosen", "reward_rejected": "reward_rejected"},
               "Chosen − rejected, tokens": {"length_gap": "length_gap"},
-              "Log-ratio to the reference, nats per token": {"log_ratio_chosen": "log_ratio_chosen", "log_ratio_rejected": "log_ratio_rejected"}}
+              "Log-ratio, nats a token": {"log_ratio_chosen": "log_ratio_chosen", "log_ratio_rejected": "log_ratio_rejected"}}
     figure = plt.figure(figsize=(10, 5.5), layout="constrained")
     plt.close(figure)  # whoever asked shows it, once
     axes = figure.subplots(2, 3).flatten()
@@ -340,7 +340,8 @@ def plot(artifact: Artifact) -> Any:
     bars = axes[-1].bar(["reference", "tuned"], [held["reply_tokens_before"], held["reply_tokens_after"]],
                         color=["lightgrey", "tab:blue"])
     axes[-1].bar_label(bars, fmt="%.1f", fontsize=8)
-    axes[-1].set(title=f"Tokens of a reply; KL {held['kl']:.2f} ± {held['kl_error']:.2f} nats a token")
+    axes[-1].set(title=f"KL {held['kl']:.3f} ± {held['kl_error']:.3f} nats a token", ylabel="tokens of a reply")
+    axes[-1].margins(y=0.15)
     return figure
 
 # %% ../nbs/61_dpo.ipynb #4c4c07ac
