@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 from chat_toys import mistral_tokenizer, same_weights, small_talks, toy_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from shisa import sft
 from shisa.chat_format import encode_conversation, install_template
@@ -199,6 +199,7 @@ def test_other_settings_are_refused(undisturbed, tmp_path):
         last_complete(folder / "checkpoints", {**mark, "processes": 2})
 
 
+@settings(deadline=None)  # the packer is compiled at its first call
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3))
 def test_packed_units_are_fair(lengths, batch, epochs, seed):
     units = pack_units(lengths, 16, batch, epochs, seed)
