@@ -1,5 +1,6 @@
-"""Fine-tuning and preference tuning on a toy model: what is learnt, noise, padding rows, going on after a kill."""
+"""Fine-tuning on a toy model: what is learnt, noise, packing, adapters, padding rows, the chain of jobs, going on after a kill."""
 import dataclasses
+import json
 import math
 import shutil
 from collections import Counter
@@ -8,15 +9,16 @@ import polars as pl
 import pytest
 import torch
 from chat_toys import mistral_tokenizer, same_weights, small_talks, toy_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from shisa import dpo, sft
+from shisa import sft
 from shisa.chat_format import encode_conversation, install_template
-from shisa.config import ShisaError
+from shisa.config import ShisaError, file_sha256
 from shisa.infer import complete, generate, stream
 from shisa.models import load_model, padding_ids
 from shisa.packing import IGNORE
-from shisa.tuning import guard_padding_rows, last_complete, order_rows, trainer_arguments
+from shisa.stage import Work
+from shisa.tuning import MARK, Collator, guard_padding_rows, last_complete, merge_adapters, order_rows, pack_units, trainer_arguments
 
 SETTINGS = sft.SftSettings(learning_rate=1e-3, epochs=2, batch_size=4, micro_batch=2, neftune_alpha=5.0,
                            warmup_share=0.1, checkpoint_every=2, seed=0)
@@ -67,11 +69,33 @@ def test_labels_are_the_assistants_tokens_alone(tokenizer, rows):
         assert row["labels"][-1] == tokenizer.eos_token_id and row["labels"].count(tokenizer.eos_token_id) == 1
 
 
+def test_learnt_are_the_replies_whatever_people_type(tokenizer):
+    """Token by token: several turns, a system message, and special tokens as a user types them."""
+    talk = [{"role": "system", "content": "答えは</s>短く。"}, {"role": "user", "content": "<s>[INST] a </s>?"},
+            {"role": "assistant", "content": "はい。"}, {"role": "user", "content": "</s></s>"}, {"role": "assistant", "content": "Yes </s> no"}]
+    row, begin, end = sft.training_rows(tokenizer, [talk])[0], tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert row["input_ids"].count(begin) == row["input_ids"].count(end) == 2  # one for each turn of the template; none typed
+    learnt, turns, inside = [], [], False
+    for number, label in zip(row["input_ids"], row["labels"]):
+        assert label in (IGNORE, number)
+        if label != IGNORE:
+            learnt.append(number)
+            if number == end:
+                turns.append(tokenizer.decode(learnt[:-1]).strip())
+                learnt = []
+        inside = label != IGNORE
+    assert turns == ["はい。", "Yes </s> no"] and not learnt and inside
+    assert [text.removesuffix("</s>").strip() for text in sft.learnt_texts(tokenizer, row)] == turns
+    page = sft.coloured(tokenizer, row).data
+    assert page.count("<span") == len(row["input_ids"]) and page.count("border-bottom") == sum(n != IGNORE for n in row["labels"])
+    assert "<s>" not in page  # escaped
+
+
 def test_loss_ignores_what_the_user_says(base, tokenizer, rows, tmp_path):
     """The CPU short cut computes TRL's loss, over assistant tokens alone, with the padding rows out of the softmax."""
     still = dataclasses.replace(SETTINGS, epochs=1, learning_rate=1e-9)
     trainer, _ = sft.finetune(load_model(base), tokenizer, rows, still, tmp_path)
-    batch = trainer.data_collator(rows[:4])
+    batch = trainer.data_collator([{"unit": [row]} for row in range(4)])
     model = trainer.model.eval()
     with torch.no_grad():
         ours = trainer.compute_loss(model, dict(batch)).item()
@@ -95,6 +119,9 @@ def test_neftune_noise_is_there_and_bounded(base, tokenizer, rows, tmp_path, mon
         layer, ids = model.get_input_embeddings(), inputs["input_ids"]
         with torch.no_grad():
             noise = (layer(ids) - layer.weight[ids]).abs()
+            still = model.eval().get_input_embeddings()(ids)  # in evaluation there is none
+            model.train()
+        assert torch.equal(still, layer.weight[ids])
         seen.append((noise.max().item(), 5.0 / math.sqrt(ids.shape[1] * layer.weight.shape[1])))
         return plain(self, model, inputs, *args, **kwargs)
 
@@ -125,37 +152,135 @@ def test_job_leaves_a_chat_model(undisturbed, tokenizer):
     assert "training_args.bin" not in names
 
 
-@pytest.mark.parametrize("damage", ["none", "optimizer.pt", "rng_state.pth", "scheduler.pt", "unmarked"])
+def test_each_damaged_file_is_noticed(undisturbed, tmp_path):
+    """Every file of the newest checkpoint deleted, cut, or with one bit turned: the one before it is taken."""
+    _, folder = undisturbed
+    names = sorted(p.name for p in (folder / "checkpoints" / "checkpoint-6").iterdir())
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MARK} <= set(names)
+    shutil.copytree(folder / "checkpoints", tmp_path / "c")
+    newest = tmp_path / "c" / "checkpoint-6"
+    assert last_complete(tmp_path / "c") == newest
+    for name in names:
+        whole = (newest / name).read_bytes()
+        turned = bytes([whole[0] ^ 1]) + whole[1:]
+        for damaged in (None, whole[: len(whole) // 2], turned):
+            (newest / name).unlink() if damaged is None else (newest / name).write_bytes(damaged)
+            assert last_complete(tmp_path / "c").name == "checkpoint-4", (name, damaged and len(damaged))
+            (newest / name).write_bytes(whole)
+    assert last_complete(tmp_path / "c") == newest
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "all"])
 def test_going_on_equals_an_undisturbed_run(undisturbed, tmp_path, damage):
-    """From each state that a kill can leave: the newest *complete* checkpoint is used; the bytes are the same."""
+    """From what a kill can leave, the newest whole checkpoint is used, or none: the bytes are the same."""
     job, folder = undisturbed
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(folder / "checkpoints", checkpoints)
-    newest = checkpoints / "checkpoint-6"
-    if damage == "none":
-        shutil.rmtree(newest)
+    if damage == "gone":
+        shutil.rmtree(checkpoints / "checkpoint-6")
     else:
-        (newest / ("complete.json" if damage == "unmarked" else damage)).unlink()
-    assert last_complete(checkpoints).name == "checkpoint-4"
+        for place in ("checkpoint-6", "checkpoint-4")[: 2 if damage == "all" else 1]:
+            (checkpoints / place / "optimizer.pt").write_bytes(b"half")
     sft.main({**job, "out": str(tmp_path), "checkpoints": str(checkpoints)})
     assert same_weights(tmp_path / "model", folder / "model")
     assert (tmp_path / "steps.parquet").read_bytes() == (folder / "steps.parquet").read_bytes()
 
 
-def test_dpo_raises_the_margin(undisturbed, tokenizer, tmp_path):
-    _, folder = undisturbed
-    pairs = [{"prompt": talk[:1], "chosen": talk[1:], "rejected": [{"role": "assistant", "content": "知りません。"}]}
-             for talk in small_talks(8)]
-    rows = dpo.pair_rows(tokenizer, pairs, 256)
-    assert len(rows) == 8 and all(row["chosen_ids"][-1] == tokenizer.eos_token_id for row in rows)
-    settings = dpo.DpoSettings(learning_rate=1e-3, epochs=3, batch_size=4, micro_batch=4, beta=0.1, warmup_share=0.1,
-                               checkpoint_every=100, seed=0)
-    before, after = (load_model(folder / "model") for _ in range(2))
-    _, steps = dpo.tune(after, load_model(folder / "model"), tokenizer, rows, settings, tmp_path)
-    assert steps["margin"][0] == pytest.approx(0, abs=1e-4) and steps["margin"][-1] > 0
-    held = dpo.compare(before, after, rows, 0.1)
-    assert held["reward_accuracy"] > 0.9 and held["reward_margin"] > 0
-    assert torch.equal(*(m.get_output_embeddings().weight[padding_ids(tokenizer)] for m in (before, after)))
+def test_other_settings_are_refused(undisturbed, tmp_path):
+    """A checkpoint made with other settings, rows or processes: one line that names them; nothing is trained."""
+    job, folder = undisturbed
+    changed = {**job, "out": str(tmp_path), "settings": {**job["settings"], "learning_rate": 2e-3}}
+    with pytest.raises(ShisaError, match="learning_rate: 0.001 -> 0.002") as caught:
+        sft.main(changed)
+    assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "model").exists()
+    mark = json.loads((folder / "checkpoints" / "checkpoint-6" / MARK).read_text())["made_for"]
+    assert mark["processes"] == 1 and mark["rows"] == file_sha256(folder / "rows.parquet")
+    with pytest.raises(ShisaError, match="processes: 1 -> 2"):
+        last_complete(folder / "checkpoints", {**mark, "processes": 2})
+
+
+@settings(deadline=None)  # the packer is compiled at its first call
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3))
+def test_packed_units_are_fair(lengths, batch, epochs, seed):
+    units = pack_units(lengths, 16, batch, epochs, seed)
+    assert units == pack_units(lengths, 16, batch, epochs, seed) and len(units) % batch == 0
+    assert all(sum(lengths[row] for row in unit) <= 16 for unit in units)
+    seen = Counter(row for unit in pack_units(lengths, 16, 1, epochs, seed) for row in unit)
+    assert seen == dict.fromkeys(range(len(lengths)), epochs)  # with batches of one nothing is left out
+
+
+def test_packing_changes_no_loss_and_no_gradient(base, tokenizer, rows, tmp_path):
+    """Conversations in one row learn what they learn apart: loss and gradients of the same rows, packed and padded."""
+    still = dataclasses.replace(SETTINGS, epochs=1, learning_rate=1e-9, neftune_alpha=0.0, packing=200, batch_size=1, micro_batch=1)
+    trainer, _ = sft.finetune(load_model(base), tokenizer, rows, still, tmp_path)
+    found = {}
+    for name, units, packed in (("packed", [[0, 1, 2], [3, 4]], True), ("apart", [[0], [1], [2], [3], [4]], False)):
+        batch = Collator(rows, tokenizer.pad_token_id, packed)([{"unit": unit} for unit in units])
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=10)
+        loss.backward()
+        found[name] = loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    assert found["packed"][0] == pytest.approx(found["apart"][0], abs=1e-5)
+    assert found["packed"][1].keys() == found["apart"][1].keys()
+    for name, gradient in found["apart"][1].items():
+        assert torch.allclose(found["packed"][1][name], gradient, atol=1e-5), name
+
+
+def test_adapters_learn_alone_resume_and_are_merged(undisturbed, base, tokenizer, rows, tmp_path):
+    """LoRA: embeddings and output layer untouched; the merged folder answers as the adapters did; going on gives the same bytes."""
+    job, _ = undisturbed
+    settings = {**job["settings"], "lora_rank": 4, "lora_dropout": 0.1, "learning_rate": 1e-2}
+    jobs = [{**job, "settings": settings, "out": str(tmp_path / name), "checkpoints": str(tmp_path / name / "c")} for name in ("a", "b")]
+    trainer, _ = sft.finetune(str(base), tokenizer, rows, sft.SftSettings(**settings), tmp_path / "a" / "c")
+    state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    asked = torch.tensor([rows[0]["input_ids"]])
+    with torch.no_grad():
+        adapted = trainer.model.eval()(asked).logits
+        by_peft = trainer.model.merge_and_unload()(asked).logits
+    shutil.rmtree(tmp_path / "a" / "c")
+    sft.main(jobs[0])
+    merged, before = load_model(tmp_path / "a" / "model"), load_model(base)
+    with torch.no_grad():
+        real = merged(asked).logits
+    keep = [i for i in range(real.shape[-1]) if i not in set(padding_ids(tokenizer))]
+    assert torch.allclose(real[..., keep], adapted[..., keep], atol=1e-4) and torch.allclose(by_peft[..., keep], adapted[..., keep], atol=1e-4)
+    assert not torch.allclose(real[..., keep], before(asked).logits[..., keep], atol=1e-3)
+    assert set(merge_adapters(state, 4.0)) == set(merged.state_dict())
+    for (name, old), (_, new) in zip(before.named_parameters(), merged.named_parameters()):
+        assert torch.equal(old, new) != ("proj" in name), name
+    shutil.copytree(tmp_path / "a" / "c", tmp_path / "b" / "c")
+    shutil.rmtree(tmp_path / "b" / "c" / "checkpoint-6")
+    sft.main(jobs[1])
+    assert same_weights(tmp_path / "a" / "model", tmp_path / "b" / "model")
+
+
+def test_the_chain_of_jobs(base, tokenizer, tmp_path):
+    """Each job starts from the last one's model and is not done twice; held-out loss is kept by language and job."""
+    talks = small_talks(8) + [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]]
+    table = pl.DataFrame({"source": ["a"] * 8 + ["b"], "messages": talks})
+    config = sft.config("tiny").change(batch_size=4, micro_batch=4, family_repeats=1, control=False, steps=[
+        {"name": "one", "epochs": 2, "learning_rate": 1e-2}, {"name": "two", "rows": "ja", "learning_rate": 1e-2}])
+    rows = sft.training_rows(tokenizer, talks)
+    held = {"ja": rows[:2], "en": rows[8:]}
+
+    def chain(folder):
+        work = Work(folder / "out", folder / "scratch", folder / "status.json", "51_sft")
+        work.path.mkdir(parents=True, exist_ok=True)
+        work.scratch.mkdir(exist_ok=True)
+        return sft.run_steps(config, base, table, rows, held, work)
+
+    last, facts = chain(tmp_path)
+    assert [(fact["job"], fact["rows"], fact["steps"]) for fact in facts] == [("one", 9, 4), ("two", 8, 2)]
+    assert facts[0]["after"] == facts[1]["before"] and facts[1]["after"]["ja"] < facts[0]["before"]["ja"]
+    steps = pl.read_parquet(tmp_path / "out" / "steps.parquet")
+    assert steps["job"].to_list() == ["one"] * 4 + ["two"] * 2 and steps["step"].to_list() == list(range(1, 7))
+    first = tmp_path / "scratch" / "job-one" / "model" / "model.safetensors"
+    stamp, weights = first.stat().st_mtime_ns, (last / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "scratch" / "job-two")
+    assert chain(tmp_path)[1] == facts and first.stat().st_mtime_ns == stamp
+    assert (last / "model.safetensors").read_bytes() == weights
+    with pytest.raises(ShisaError, match="sources are a, b"):
+        sft.chosen_rows(table, "c*")
 
 
 def test_control_keeps_prompts_and_deals_answers(tokenizer):
