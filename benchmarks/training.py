@@ -15,7 +15,7 @@ and what sharding them over GPUs costs is not in it. `--toy` runs all of it on a
 
     python benchmarks/training.py loss --rows 120128 --width 64 --tokens 1024 --json benchmarks/training/results/loss-cpu.json
 
-FLOPs are counted by `shisa.planner.training_flops` (PaLM's formula, attention not halved for causality; recomputed activations do not count)
+FLOPs are counted by `shisa.cost.training_flops` (PaLM's formula, attention not halved for causality; recomputed activations do not count)
 and by torch.utils.flop_counter on the meta device; the two must agree within 3%.
 """
 import argparse
@@ -62,7 +62,7 @@ def sequences(count: int, length: int, rows: int) -> Any:
 
 def flops_per_token(shape: dict[str, int], layers: int, length: int) -> int:
     """Forward and backward of one token, by formula."""
-    from shisa.planner import shape_of
+    from shisa.cost import shape_of
 
     return shape_of({**shape, "num_hidden_layers": layers}).training_flops(length)
 

@@ -32,7 +32,6 @@ from .packing import Packed, Window, cut, encode_texts, heldout_windows, pack, s
 from .pretrain import PretrainConfig, phases
 from .pretrain import config as pretrain_config
 from .stage import Artifact, module_of
-from .text import has_cjk
 from .train import TrainSettings, train_lm
 
 # %% ../nbs/33_ablations.ipynb #24969bb0
@@ -258,19 +257,19 @@ def tune_arm(bench: Bench, arm: Tuning, seed: int, scratch: Path) -> dict[str, A
     sft, data, begun, spent = module_of("51_sft"), Artifact(bench.out / "43_sft_data"), time.monotonic(), time.process_time()
     source = bench.folder / f"baseline-{seed}"
     model, tokenizer = load_model(source), sft.install_template(load_tokenizer(source))
-    own = sft.config(bench.profile).change(seed=seed, epochs=bench.own.epochs, **({} if arm.noise else {"neftune_alpha": 0}))
+    own = sft.config(bench.profile).change(seed=seed, **({} if arm.noise else {"neftune_alpha": 0}))
     table, held = data.table("train.parquet"), data.table("heldout.parquet")
     longest = min(own.max_length, model.config.max_position_embeddings)
     rows = [(row, talk, origin) for row, talk, origin in zip(
         sft.training_rows(tokenizer, table["messages"].to_list()), table["messages"].to_list(), table["source"], strict=True)
         if len(row["input_ids"]) <= longest]
-    japanese = [row for row, talk, _ in rows if has_cjk(talk[-1]["content"])]
+    japanese = [row for row, talk, _ in rows if sft.language(talk) == "ja"]
     repeated = [row for row, _, origin in rows for _ in range(own.family_repeats if origin == "family" else 1)]
-    _, log = sft.finetune(model, tokenizer, repeated, own.settings(own.epochs), scratch / "full")
+    _, log = sft.finetune(model, tokenizer, repeated, own.settings(bench.own.epochs, own.steps[0].learning_rate), scratch / "full")
     if arm.more:
         drawn = np.random.default_rng(seed).permutation(len(rows))[:len(japanese)]
         chosen = japanese if arm.more == "japanese" else [rows[place][0] for place in drawn]
-        _, later = sft.finetune(model, tokenizer, chosen, own.settings(1), scratch / arm.more)
+        _, later = sft.finetune(model, tokenizer, chosen, own.settings(1, own.steps[-1].learning_rate), scratch / arm.more)
         log = pl.concat([log, later])
     groups = {"replies": pl.col("source") != "family", "family": pl.col("source") == "family"}
     losses = {name: sft.heldout_loss(model, sft.training_rows(tokenizer, held.filter(chosen)["messages"].to_list()))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARK', 'order_rows', 'pack_units', 'Collator', 'guard_padding_rows', 'sharded', 'lora_config', 'merge_adapters',
-           'file_hashes', 'last_complete', 'choose_checkpoint', 'step_log', 'cpu_processes', 'trainer_arguments',
-           'load_to_train', 'fit', 'export_model', 'finish_job', 'start_job', 'heldout_loss']
+           'file_hashes', 'last_complete', 'choose_checkpoint', 'step_log', 'trainer_arguments', 'load_to_train', 'fit',
+           'export_model', 'finish_job', 'start_job', 'heldout_loss']
 
 # %% ../nbs/lib/13_tuning.ipynb #c4180d6d
 import json
@@ -228,17 +228,6 @@ def step_log() -> type:
     return StepLog
 
 # %% ../nbs/lib/13_tuning.ipynb #fe2febef
-def cpu_processes() -> dict[str, Any]:
-    """Prepare DeepSpeed for processes without a GPU, which talk through gloo; returns the trainer's arguments for it."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed.ops
-    from accelerate import PartialState
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first, and is not needed
-    PartialState(backend="gloo")
-    return {"accelerator_config": {"use_configured_state": True}}
-
-
 def trainer_arguments(settings: Any, folder: Path, steps: int) -> dict[str, Any]:
     """Arguments shared by SFT and DPO: device, optimiser, schedule, checkpoints; nothing is reported anywhere.
 
@@ -258,7 +247,7 @@ def trainer_arguments(settings: Any, folder: Path, steps: int) -> dict[str, Any]
     if sharded():
         engine = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
         more["deepspeed"] = {**engine, "bf16": {"enabled": half}}
-        more |= {} if on_gpu else cpu_processes()
+        more |= {} if on_gpu else {"accelerator_config": {"use_configured_state": True}}  # processes that talk through gloo
     return {
         "output_dir": str(folder), "per_device_train_batch_size": settings.micro_batch,
         "gradient_accumulation_steps": accumulate, "num_train_epochs": 1, "max_steps": steps,
