@@ -242,7 +242,8 @@ def test_adapters_learn_alone_resume_and_are_merged(undisturbed, base, tokenizer
     merged, before = load_model(tmp_path / "a" / "model"), load_model(base)
     with torch.no_grad():
         real = merged(asked).logits
-    keep = [i for i in range(real.shape[-1]) if i not in set(padding_ids(tokenizer))]
+    padding = set(padding_ids(tokenizer))
+    keep = [i for i in range(real.shape[-1]) if i not in padding]
     assert torch.allclose(real[..., keep], adapted[..., keep], atol=1e-4) and torch.allclose(by_peft[..., keep], adapted[..., keep], atol=1e-4)
     assert not torch.allclose(real[..., keep], before(asked).logits[..., keep], atol=1e-3)
     assert set(merge_adapters(state, 4.0)) == set(merged.state_dict())
