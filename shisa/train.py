@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from .config import ShisaError, differences, file_sha256, write_json
+from .config import ShisaError, differences, file_sha256, fingerprint, write_json
 from .losses import inclusion, loss_module
 from .packing import IGNORE, Packed
 
@@ -157,7 +157,7 @@ def origin(model: Any, packed: Packed, settings: TrainSettings, accelerator: Any
             mark.update(np.ascontiguousarray(array).data)
     plan = {key: value for key, value in asdict(settings).items() if key != "checkpoint_every"}
     return {"settings": plan, "processes": accelerator.num_processes, "sharded": bool(accelerator.state.deepspeed_plugin),
-            "weights": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(), "data": mark.hexdigest()}
+            "weights": fingerprint(shapes), "data": mark.hexdigest()}
 
 
 def save_checkpoint(folder: Path, log: list[dict[str, float]], made_from: dict[str, Any], accelerator: Any) -> None:
@@ -173,7 +173,8 @@ def save_checkpoint(folder: Path, log: list[dict[str, float]], made_from: dict[s
     if accelerator.is_main_process:
         write_json(temporary / "log.json", log)
         files = {str(p.relative_to(temporary)): file_sha256(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
-        write_json(temporary / "complete.json", {"files": files, "made_from": made_from})
+        record = {"files": files, "made_from": made_from}
+        write_json(temporary / "complete.json", {**record, "sha256": fingerprint(record)})  # no other file vouches for this one
         for path in (*temporary.rglob("*"), temporary):
             flush(path)
         os.replace(temporary, target)
@@ -186,10 +187,12 @@ def save_checkpoint(folder: Path, log: list[dict[str, float]], made_from: dict[s
 def broken(checkpoint: Path) -> str:
     """What is wrong with a checkpoint: the first file that is missing or differs from its hash; empty where it is whole."""
     try:
-        files = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, LookupError, TypeError):
+        mark = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))
+        if mark.pop("sha256") != fingerprint(mark):
+            raise ValueError
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return "complete.json is missing or damaged"
-    for name, sha in files.items():
+    for name, sha in mark["files"].items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if file_sha256(checkpoint / name) != sha:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shisa.config import ShisaError, file_sha256
+from shisa.config import ShisaError, file_sha256, fingerprint
 from shisa.packing import Packed, cut, pack
 from shisa.train import Follow, TrainSettings, broken, last_checkpoint, train_lm
 
@@ -131,7 +131,8 @@ def test_nothing_but_what_a_checkpoint_was_made_from_goes_on_from_it(saved, tmp_
     others = {"processes: 8 -> 1": {**made, "processes": 8}, "sharded: True -> False": {**made, "sharded": True},
               "settings.dtype: bfloat16 -> float32": {**made, "settings": {**made["settings"], "dtype": "bfloat16"}}}
     for difference, other in others.items():  # an accelerator of another kind cannot be had in this process
-        record.write_text(json.dumps({**written, "made_from": other}))
+        told = {"files": written["files"], "made_from": other}
+        record.write_text(json.dumps({**told, "sha256": fingerprint(told)}))
         with pytest.raises(ShisaError, match=rf"made from something else \({difference}\); restore that"):
             train_lm(toy(), packed_toy(), LATER, folder)
     assert not list(folder.glob("broken-*"))
