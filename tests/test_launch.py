@@ -222,10 +222,10 @@ def test_signal_handlers_are_put_back(tmp_path):
             stream([sys.executable, "-c", "raise ValueError"], tmp_path / "log", {}, str)
         assert not seen
         with pytest.raises(ZeroDivisionError):  # what reads the lines may fail, too
-            stream([sys.executable, "-c", "print(1); import time; time.sleep(60)"], tmp_path / "log", {}, lambda _: 1 / 0)
+            stream([sys.executable, "-c", "print(1, flush=True); import time; time.sleep(60)"], tmp_path / "log", {}, lambda _: 1 / 0)
         assert signal.getsignal(signal.SIGTERM) is ours
         with pytest.raises(ShisaError, match="status -15"):  # told in the midst of it: ended first, then handed on
-            stream([sys.executable, "-c", "print(1); import time; time.sleep(60)"], tmp_path / "log", {},
+            stream([sys.executable, "-c", "print(1, flush=True); import time; time.sleep(60)"], tmp_path / "log", {},
                    lambda _: os.kill(os.getpid(), signal.SIGTERM))
         assert seen == ["ours"] and signal.getsignal(signal.SIGTERM) is ours
     finally:
