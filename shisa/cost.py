@@ -334,10 +334,10 @@ def base_shape(config: Any) -> Shape:
 
 def _job(name: str, shape: Shape, config: Any, tokens: float, length: int, **more: Any) -> Job:
     zero, half = 3 if getattr(config, "zero3", False) else 0, config.dtype == "bfloat16"
-    own = name in ("51_sft", "61_dpo")  # TRL trains the weights in the dtype that they were loaded in
+    own = name in ("51_sft", "61_dpo")
     return Job(name, shape, tokens, length, **{
         "micro_batch": config.micro_batch, "batch": config.batch_size if own else config.batch, "gpus": getattr(config, "processes", 1),
-        "zero": zero, "precision": "float32" if not half else "bfloat16" if zero or own else "autocast",
+        "zero": zero, "precision": "float32" if not half else "bfloat16" if zero else "autocast",
         "checkpointing": getattr(config, "gradient_checkpointing", False), "candidates": getattr(config, "candidates", 0),
         "loss": "chunked" if getattr(config, "loss", "") in ("chunked", "liger") else "plain",
         "attention": "flash" if "flash" in getattr(config, "attention", "") else "mask", **more})
@@ -351,9 +351,9 @@ def jobs(profile: str, tokens: float = 0, assumed: Assumed = Assumed()) -> list[
     shape = start.with_rows(rows + 64 - rows % 64)  # as 20_base's pad_pieces
     found = [_job("20_base", start, base, base.steps * base.batch * base.length, base.length)] if base.source == "train" else []
     found.append(_job("31_pretrain", shape, pretrain, tokens or mix.tokens, mix.length))
-    passes = sum(step.epochs for step in getattr(sft, "steps", ())) or sft.epochs  # a step on some of the rows counts as one on all
+    passes = sum(step.epochs for step in sft.steps)  # a step on some of the rows counts as one on all
     found.append(_job("51_sft", shape, sft, assumed.conversations * assumed.conversation_tokens * passes,
-                      getattr(sft, "packing", 0) or sft.max_length, mean=assumed.conversation_tokens))
+                      sft.packing or sft.max_length, mean=assumed.conversation_tokens))
     # the reference reads every pair once, beforehand: a third of a pass, and no memory beside the model
     found.append(_job("61_dpo", shape, dpo, assumed.pairs * assumed.pair_tokens * dpo.epochs, dpo.max_length, mean=assumed.pair_tokens // 2,
                       micro_batch=2 * dpo.micro_batch, batch=2 * dpo.batch_size, passes=4 / 3))

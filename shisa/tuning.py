@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -174,16 +175,25 @@ def last_complete(folder: Path, made_for: dict[str, Any] | None = None) -> Path 
 
 
 def choose_checkpoint(folder: Path, made_for: dict[str, Any]) -> Path | None:
-    """`last_complete`, decided by the first process for all; what came after it, broken, is deleted."""
+    """`last_complete`, decided by the first process for all; what came after it, broken, is deleted, and said.
+
+    Raises `ShisaError` where checkpoints were finished once and none is whole.
+    """
     import torch.distributed as dist
 
     together, answer = dist.is_initialized(), [None, None]
     if not together or dist.get_rank() == 0:
         try:
             chosen = last_complete(folder, made_for)
-            for path in folder.glob("checkpoint-*"):
-                if chosen is None or int(path.name.partition("-")[2]) > int(chosen.name.partition("-")[2]):
-                    shutil.rmtree(path)
+            newer = [path for path in folder.glob("checkpoint-*")
+                     if chosen is None or int(path.name.partition("-")[2]) > int(chosen.name.partition("-")[2])]
+            damaged = sorted(path.name for path in newer if (path / MARK).is_file())  # not merely cut short by a kill
+            if damaged and chosen is None:
+                raise ShisaError(f"{folder}: no checkpoint is whole ({', '.join(damaged)}); delete the folder to train from the start")
+            if damaged:
+                print(f"{folder}: {', '.join(damaged)} damaged, going on from {chosen.name}", file=sys.stderr, flush=True)
+            for path in newer:
+                shutil.rmtree(path)
             answer = [chosen and str(chosen), None]
         except ShisaError as error:
             answer = [None, str(error)]

@@ -75,5 +75,28 @@ def count(at: Path) -> None:
     dist.destroy_process_group()
 
 
+def training_spec(folder: Path, micro_batch: int) -> dict:
+    """A toy model and packed file as 31_pretrain's `train` wants them."""
+    from shisa.base import base_tokenizer, new_model
+    from shisa.models import load_tokenizer, save_model
+    from shisa.packing import cut, encode_documents, pack
+
+    base_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    save_model(new_model(len(tokenizer), 8, 1, 2, 64, 0), tokenizer, folder / "model")
+    texts = [f"Number {i} comes after number {i - 1}." * (1 + i % 5) for i in range(80)]
+    pack(cut(encode_documents(tokenizer, texts), 32), 32, pad_id=0).save(folder / "packed.parquet")
+    training = {"steps": 12, "batch": 4, "micro_batch": micro_batch, "learning_rate": 1e-2, "checkpoint_every": 3, "warmup": 2}
+    return {"model": str(folder / "model"), "packed": str(folder / "packed.parquet"), "settings": training}
+
+
+def placed(spec: dict, folder: Path, **changes) -> tuple[dict, Path]:
+    """The spec with places of its own, and the file it is written to."""
+    folder.mkdir(parents=True)
+    own = {**spec, **changes, "checkpoints": str(folder / "checkpoints"), "output": str(folder / "trained")}
+    (folder / "config.json").write_text(json.dumps(own))
+    return own, folder / "config.json"
+
+
 if __name__ == "__main__":
     worker(work)

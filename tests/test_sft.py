@@ -170,7 +170,17 @@ def test_each_damaged_file_is_noticed(undisturbed, tmp_path):
     assert last_complete(tmp_path / "c") == newest
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "all"])
+def test_where_no_checkpoint_is_whole_nothing_is_trained(undisturbed, tmp_path):
+    job, folder = undisturbed
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    for place in ("checkpoint-4", "checkpoint-6"):
+        (tmp_path / "checkpoints" / place / "optimizer.pt").write_bytes(b"half")
+    with pytest.raises(ShisaError, match="no checkpoint is whole .checkpoint-4, checkpoint-6.; delete the folder"):
+        sft.main({**job, "out": str(tmp_path), "checkpoints": str(tmp_path / "checkpoints")})
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "unmarked"])
 def test_going_on_equals_an_undisturbed_run(undisturbed, tmp_path, damage):
     """From what a kill can leave, the newest whole checkpoint is used, or none: the bytes are the same."""
     job, folder = undisturbed
@@ -178,9 +188,11 @@ def test_going_on_equals_an_undisturbed_run(undisturbed, tmp_path, damage):
     shutil.copytree(folder / "checkpoints", checkpoints)
     if damage == "gone":
         shutil.rmtree(checkpoints / "checkpoint-6")
-    else:
-        for place in ("checkpoint-6", "checkpoint-4")[: 2 if damage == "all" else 1]:
-            (checkpoints / place / "optimizer.pt").write_bytes(b"half")
+    elif damage == "cut":
+        (checkpoints / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
+    else:  # as a kill inside the very first save leaves it
+        shutil.rmtree(checkpoints / "checkpoint-4")
+        (checkpoints / "checkpoint-6" / MARK).unlink()
     sft.main({**job, "out": str(tmp_path), "checkpoints": str(checkpoints)})
     assert same_weights(tmp_path / "model", folder / "model")
     assert (tmp_path / "steps.parquet").read_bytes() == (folder / "steps.parquet").read_bytes()

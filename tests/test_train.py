@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launch_toys import placed, training_spec
 from shisa.config import ShisaError, file_sha256
 from shisa.packing import (
     IGNORE, Packed, Pieces, Window, best_fit_decreasing, check_packed, cut, draw, encode_documents, heldout_windows, pack,
@@ -280,25 +281,7 @@ def one_thread_a_process(monkeypatch):
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
-    """A toy model and packed file as 31_pretrain's `train` wants them."""
-    from shisa.base import base_tokenizer
-    from shisa.models import load_tokenizer, save_model
-
-    folder = tmp_path_factory.mktemp("spec")
-    base_tokenizer(folder / "tokenizer")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    save_model(toy(len(tokenizer), 8), tokenizer, folder / "model")
-    texts = [f"Number {i} comes after number {i - 1}." * (1 + i % 5) for i in range(80)]
-    pack(cut(encode_documents(tokenizer, texts), 32), 32, pad_id=0).save(folder / "packed.parquet")
-    training = {"steps": 12, "batch": 4, "micro_batch": 2, "learning_rate": 1e-2, "checkpoint_every": 3, "warmup": 2}
-    return {"model": str(folder / "model"), "packed": str(folder / "packed.parquet"), "settings": training}
-
-
-def placed(spec: dict, folder: Path, **changes) -> tuple[dict, Path]:
-    folder.mkdir(parents=True)
-    own = {**spec, **changes, "checkpoints": str(folder / "checkpoints"), "output": str(folder / "trained")}
-    (folder / "config.json").write_text(json.dumps(own))
-    return own, folder / "config.json"
+    return training_spec(tmp_path_factory.mktemp("spec"), 2)
 
 
 def child(config: Path) -> subprocess.Popen:
