@@ -129,7 +129,7 @@ LOG_FIELDS = {
 
 
 def tune(model: Any, tokenizer: Any, rows: list[dict], settings: DpoSettings, folder: Path,
-         progress: Callable[[str, float, float], None] = lambda *_: None, made_for: dict[str, Any] | None = None,
+         progress: Callable[[str, float, float], None] = lambda *_: None, made_from: dict[str, Any] | None = None,
          reference: Any = None) -> tuple[Any, pl.DataFrame]:
     """Tune `model` (in place, or loaded from a folder) on encoded pairs with `reference_sums`; go on from a checkpoint.
 
@@ -154,7 +154,7 @@ def tune(model: Any, tokenizer: Any, rows: list[dict], settings: DpoSettings, fo
                     for side in ("chosen", "rejected")}
     more = {"ref_model": reference} if reference is not None else {}
     trainer, steps = fit(trainer_class(), arguments, model, tokenizer, Dataset.from_list(ordered), settings, LOG_FIELDS, progress,
-                         made_for, **more)
+                         made_from, **more)
     mean = {side: [sum(len(row[f"{side}_ids"]) for row in ordered[at : at + settings.batch_size]) / settings.batch_size
                    for at in range(0, len(ordered), settings.batch_size)] for side in ("chosen", "rejected")}
     lengths_by_step = {side: pl.Series(side, mean[side])[: len(steps)] for side in mean}
@@ -170,8 +170,8 @@ def main(job: dict[str, Any], progress: Callable[[str, float, float], None] = la
     if job["done"] != "steps.parquet":
         return reference_job(job)
     settings, rows = DpoSettings(**job["settings"]), pl.read_parquet(job["rows"]).to_dicts()
-    tokenizer, made_for = install_template(load_tokenizer(job["model"])), {"rows": file_sha256(Path(job["rows"]))}
-    trainer, steps = tune(job["model"], tokenizer, rows, settings, Path(job["checkpoints"]), progress, made_for)
+    tokenizer, made_from = install_template(load_tokenizer(job["model"])), {"rows": file_sha256(Path(job["rows"]))}
+    trainer, steps = tune(job["model"], tokenizer, rows, settings, Path(job["checkpoints"]), progress, made_from)
     finish_job(trainer, steps, tokenizer, settings, Path(job["out"]))
 
 # %% ../nbs/61_dpo.ipynb #e8ad96b1

@@ -145,7 +145,7 @@ def units_of(rows: list[dict], settings: SftSettings) -> list[list[int]]:
 
 
 def finetune(model: Any, tokenizer: Any, rows: list[dict], settings: SftSettings, folder: Path,
-             progress: Callable[[str, float, float], None] = lambda *_: None, made_for: dict[str, Any] | None = None,
+             progress: Callable[[str, float, float], None] = lambda *_: None, made_from: dict[str, Any] | None = None,
              units: list[list[int]] | None = None) -> tuple[Any, pl.DataFrame]:
     """Train `model` (in place, or loaded from a folder) on rows {input_ids, labels}; go on from a checkpoint in `folder`.
 
@@ -162,7 +162,7 @@ def finetune(model: Any, tokenizer: Any, rows: list[dict], settings: SftSettings
         neftune_noise_alpha=settings.neftune_alpha or None, dataset_kwargs={"skip_prepare_dataset": True},
     )
     fields = {"loss": "loss", "grad_norm": "gradient_norm", "learning_rate": "learning_rate"}
-    return fit(trainer_class(), arguments, model, tokenizer, Dataset.from_dict({"unit": units}), settings, fields, progress, made_for,
+    return fit(trainer_class(), arguments, model, tokenizer, Dataset.from_dict({"unit": units}), settings, fields, progress, made_from,
                data_collator=Collator(rows, pad_id(tokenizer), bool(settings.packing)))
 
 # %% ../nbs/51_sft.ipynb #9ff07de4
@@ -172,8 +172,8 @@ def main(job: dict[str, Any], progress: Callable[[str, float, float], None] = la
 
     settings = SftSettings(**job["settings"])
     tokenizer, rows = install_template(load_tokenizer(job["model"])), pl.read_parquet(job["rows"]).to_dicts()
-    made_for = {"rows": file_sha256(Path(job["rows"]))}
-    trainer, steps = finetune(job["model"], tokenizer, rows, settings, Path(job["checkpoints"]), progress, made_for)
+    made_from = {"rows": file_sha256(Path(job["rows"]))}
+    trainer, steps = finetune(job["model"], tokenizer, rows, settings, Path(job["checkpoints"]), progress, made_from)
     finish_job(trainer, steps, tokenizer, settings, Path(job["out"]))
 
 # %% ../nbs/51_sft.ipynb #5f2c4092

@@ -1,4 +1,7 @@
 """Small models with the real Mistral tokenizer, for tests of what trains and answers."""
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 
@@ -43,3 +46,13 @@ def same_weights(one: Path, other: Path) -> bool:
     return bool(names) and all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
+
+
+def lives(module: str, root: Path, kills: int) -> int:
+    """Run lives.py on a test file's `life` with one thread; how many kills hit the inside of a save."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parent), str(here)])
+    done = subprocess.run([sys.executable, str(here / "lives.py"), module, str(root), str(kills)], capture_output=True, text=True,
+                          timeout=900, check=False, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout.split()[-1])

@@ -2,19 +2,18 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from shisa.config import ShisaError, file_sha256, fingerprint
+from chat_toys import lives
+from shisa.config import ShisaError, fingerprint
+from shisa.models import last_checkpoint
 from shisa.packing import Packed, cut, pack
-from shisa.train import Follow, TrainSettings, broken, last_checkpoint, train_lm
+from shisa.train import Follow, TrainSettings, train_lm
 
-ROOT = Path(__file__).parent.parent
 PLAN = TrainSettings(steps=30, batch=4, micro_batch=2, learning_rate=1e-2, warmup=4, checkpoint_every=1, seed=3)
 LATER = replace(PLAN, checkpoint_every=1000)  # how often to save is not part of what is trained
 
@@ -145,51 +144,10 @@ def test_an_unknown_loss_or_kernel_is_refused(tmp_path):
         train_lm(toy(), packed_toy(), replace(LATER, attention="flash_attention_3"), tmp_path)
 
 
-LIVES = '''
-import os, pathlib, random, shutil, signal, sys, time
-sys.path.insert(0, {tests!r})
-import torch, accelerate, shisa.train
-from test_checkpoints import PLAN, in_bytes, packed_toy, toy
-
-toy()  # imports what a life needs, once; each life is a fork
-hashed = shisa.train.file_sha256
-
-def slowly(path):  # most of a life is spent inside a save
-    time.sleep(0.01)
-    return hashed(path)
-
-def life(folder, result):
-    heard, told = os.pipe()
-    if child := os.fork():
-        os.close(told)
-        return child, heard
-    shisa.train.file_sha256 = slowly
-    result.write_bytes(in_bytes(shisa.train.train_lm(toy(), packed_toy(), PLAN, folder, lambda *step: os.write(told, b"."))))
-    os._exit(0)
-
-root, draw = pathlib.Path({root!r}), random.Random(1)
-assert os.waitpid(life(root / "whole", root / "whole.bin")[0], 0)[1] == 0
-inside = kills = 0
-while kills < 10:
-    child, heard = life(root / "killed", root / "killed.bin")
-    ended = not all(os.read(heard, 1) for _ in range(draw.choice((1, 2, 2, 3))))  # so many steps, each told before it is saved
-    time.sleep(draw.uniform(0, 0.09))
-    os.kill(child, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) and not ended
-    os.close(heard)
-    kills += 1
-    inside += any((root / "killed").glob(".step-*"))
-assert os.waitpid(life(root / "killed", root / "killed.bin")[0], 0)[1] == 0
-print(kills, inside)
-'''
+def life(folder: Path, told) -> bytes:
+    """The training that lives.py kills."""
+    return in_bytes(train_lm(toy(), packed_toy(), PLAN, folder, lambda *step: told()))
 
 
 def test_killed_at_ten_random_moments_some_inside_a_save_gives_the_same_bytes(tmp_path):
-    code = LIVES.format(tests=str(ROOT / "tests"), root=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    kills, inside = map(int, done.stdout.split()[-2:])
-    assert kills == 10 and inside >= 2
-    assert file_sha256(tmp_path / "killed.bin") == file_sha256(tmp_path / "whole.bin")
-    assert not any(broken(path) for path in (tmp_path / "killed").glob("step-*"))
+    assert lives("test_checkpoints", tmp_path, kills=10) >= 2

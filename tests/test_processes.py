@@ -82,7 +82,7 @@ def test_two_processes_with_zero3(base, tmp_path, make):
     {"shisa.sft": sft, "shisa.dpo": dpo}[module].main(alone)
     job("two")
     config = tmp_path / "two" / "job.json"
-    killer = threading.Thread(target=kill_after, args=(config, "checkpoint-2/complete.json"))
+    killer = threading.Thread(target=kill_after, args=(config, "step-000002"))
     killer.start()
     with pytest.raises(ShisaError):
         launch(module, config, processes=2, zero3=True, say=lambda text: None)

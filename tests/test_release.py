@@ -14,8 +14,8 @@ from shisa.stage import Artifact, Work
 CONTEXT = 2048
 
 
-def make_model(folder: Path, seed: int = 0) -> None:
-    """A random Mistral with a byte-level SentencePiece-like tokenizer of 320 pieces, padding rows included."""
+def make_model(folder: Path, seed: int = 0, letters: str = "INSTinst[]/答え") -> None:
+    """A random Mistral with a SentencePiece-like tokenizer of 320 pieces: bytes, letters, padding rows."""
     import torch
     from shisa.chat_format import install_template
     from shisa.models import quiet, save_model
@@ -23,7 +23,7 @@ def make_model(folder: Path, seed: int = 0) -> None:
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
     quiet()
-    pieces = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], "▁", *"INSTinst[]/答え"]
+    pieces = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], "▁", *letters]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -96,8 +96,9 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     )
     seal(root / "14_split", {"leak_share": 0.004, "removed_by_decontamination": 7}, made_from="10_sources")
     seal(root / "99_other", licences=[{"source": "unrelated", "licence": "secret"}])
+    make_model(root / "20_base" / "model", seed=9, letters="INSTinst[]/")  # dearer: 答 and え are three bytes each
     bits = {"base": {"ja": 7.9, "en": 2.5}, "trained": {"ja": 2.7, "en": 2.55}}
-    inputs = {"21_tokenizer": seal(root / "21_tokenizer", {"new_pieces": 1234})}
+    inputs = {"20_base": seal(root / "20_base"), "21_tokenizer": seal(root / "21_tokenizer", {"new_pieces": 1234})}
     for seed, (name, metrics) in enumerate(
         {
             "31_pretrain": {"bits_per_byte": bits},
@@ -160,15 +161,28 @@ def test_shots_fit_the_context(toy_run: Path) -> None:
     from shisa.models import load_tokenizer
 
     artifact = Artifact(toy_run / "70_jaster")
-    tokenizer = load_tokenizer(toy_run / "61_dpo" / "model")
+    tokenizers = [load_tokenizer(toy_run / stage / "model") for stage in ("20_base", "61_dpo")]
     records = json.loads(artifact.file("records/sft.json").read_text(encoding="utf-8"))
     for dataset, shots in artifact.metrics["shots"].items():
         prompt = records[dataset][0]["prompt"]
         assert prompt.count("### 入力：") == shots + 1 <= 5
-        sizes = [
-            jaster.prompt_tokens(tokenizer, evalsets.fill_prompt(prompt, row["input"])) for row in records[dataset]
-        ]
-        assert max(sizes) <= CONTEXT - 4
+        for tokenizer in tokenizers:
+            texts = [evalsets.fill_prompt(prompt, row["input"]) for row in records[dataset]]
+            assert max(jaster.prompt_tokens(tokenizer, text) for text in texts) <= CONTEXT - 4
+
+
+def test_the_dearest_tokenizer_decides_how_many_examples_all_get(toy_run: Path) -> None:
+    from shisa.models import load_tokenizer
+
+    dear, cheap = (load_tokenizer(toy_run / stage / "model") for stage in ("20_base", "61_dpo"))
+    items, shots = (
+        [i for i in evalsets.bundled_items(split) if i.dataset == "sample_qa"][:4] for split in ("test", "train")
+    )
+    whole = evalsets.few_shot_prompt(items[0].instruction, shots)
+    room = max(jaster.prompt_tokens(cheap, evalsets.fill_prompt(whole, item.input)) for item in items)
+    assert jaster.fit_shots([cheap], items, shots, room)[3] == 4
+    assert jaster.fit_shots([dear, cheap], items, shots, room) == jaster.fit_shots([dear], items, shots, room)
+    assert jaster.fit_shots([dear], items, shots, room)[3] < 4
 
 
 def test_prompts_that_do_not_fit_are_counted(toy_run: Path, tmp_path: Path) -> None:
@@ -183,12 +197,12 @@ def test_prompts_that_do_not_fit_are_counted(toy_run: Path, tmp_path: Path) -> N
     ]
     config = jaster.config("tiny")
     room = sorted(sizes)[10]
-    asked, shots, too_long = jaster.choose_prompts(config, tokenizer, room + config.max_new_tokens["RC"], work)
+    asked, shots, too_long = jaster.choose_prompts(config, [tokenizer], room + config.max_new_tokens["RC"], work)
     lost = sum(size > room for size in sizes)
     assert shots["sample_rc"] == 0 and too_long["sample_rc"] == lost > 0 and len(asked["sample_rc"][1]) == 20 - lost
     assert work.counts["dropped"]["longer than the context"] == sum(too_long.values()) == len(work._rejects)
     with pytest.raises(ShisaError, match="no prompt fits"):
-        jaster.choose_prompts(config, tokenizer, 30, new_work(tmp_path / "b", "70_jaster"))
+        jaster.choose_prompts(config, [tokenizer], 30, new_work(tmp_path / "b", "70_jaster"))
 
 
 def test_plot_draws(toy_run: Path) -> None:
@@ -196,7 +210,7 @@ def test_plot_draws(toy_run: Path) -> None:
 
     matplotlib.use("Agg")
     figure = jaster.plot(Artifact(toy_run / "70_jaster"))
-    assert len(figure.axes) == 1 and len(figure.axes[0].patches) == 15
+    assert len(figure.axes) == 1 and len(figure.axes[0].patches) == 20
 
 
 # ---- the release -----------------------------------------------------------------------------------------------------

@@ -4,21 +4,22 @@ import json
 import math
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
-from chat_toys import mistral_tokenizer, same_weights, small_talks, toy_model
+from chat_toys import lives, mistral_tokenizer, same_weights, small_talks, toy_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shisa import sft
 from shisa.chat_format import encode_conversation, install_template
 from shisa.config import ShisaError, file_sha256
 from shisa.infer import complete, generate, stream
-from shisa.models import load_model, padding_ids
+from shisa.models import MARK, broken, choose_checkpoint, last_checkpoint, load_model, padding_ids
 from shisa.packing import IGNORE
 from shisa.stage import Work
-from shisa.tuning import MARK, Collator, guard_padding_rows, last_complete, merge_adapters, order_rows, pack_units, trainer_arguments
+from shisa.tuning import Collator, guard_padding_rows, merge_adapters, order_rows, pack_units, trainer_arguments
 
 SETTINGS = sft.SftSettings(learning_rate=1e-3, epochs=2, batch_size=4, micro_batch=2, neftune_alpha=5.0,
                            warmup_share=0.1, checkpoint_every=2, seed=0)
@@ -153,49 +154,68 @@ def test_job_leaves_a_chat_model(undisturbed, tokenizer):
 
 
 def test_each_damaged_file_is_noticed(undisturbed, tmp_path):
-    """Every file of the newest checkpoint deleted, cut, or with one bit turned: the one before it is taken."""
+    """Every file of TRL's newest checkpoint deleted, cut, or with one bit turned: the one before it is taken."""
     _, folder = undisturbed
-    names = sorted(p.name for p in (folder / "checkpoints" / "checkpoint-6").iterdir())
-    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MARK} <= set(names)
-    shutil.copytree(folder / "checkpoints", tmp_path / "c")
-    newest = tmp_path / "c" / "checkpoint-6"
-    assert last_complete(tmp_path / "c") == newest
+    assert sorted(path.name for path in (folder / "checkpoints").glob("*-*")) == ["step-000004", "step-000006"]
+    names = sorted(p.name for p in (folder / "checkpoints" / "step-000006").iterdir())
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "log.json", MARK} <= set(names)
+    newest = shutil.copytree(folder / "checkpoints", tmp_path / "c") / "step-000006"
     for name in names:
         whole = (newest / name).read_bytes()
         turned = bytes([whole[0] ^ 1]) + whole[1:]
         for damaged in (None, whole[: len(whole) // 2], turned):
             (newest / name).unlink() if damaged is None else (newest / name).write_bytes(damaged)
-            assert last_complete(tmp_path / "c").name == "checkpoint-4", (name, damaged and len(damaged))
+            assert broken(newest).startswith(f"{name} is "), (name, damaged and len(damaged))
             (newest / name).write_bytes(whole)
-    assert last_complete(tmp_path / "c") == newest
+    assert not broken(newest) and last_checkpoint(tmp_path / "c") == newest
+    (newest / "scheduler.pt").unlink()
+    assert last_checkpoint(tmp_path / "c").name == "step-000004"
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_trained(undisturbed, tmp_path):
     job, folder = undisturbed
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
-    for place in ("checkpoint-4", "checkpoint-6"):
+    for place in ("step-000004", "step-000006"):
         (tmp_path / "checkpoints" / place / "optimizer.pt").write_bytes(b"half")
-    with pytest.raises(ShisaError, match="no checkpoint is whole .checkpoint-4, checkpoint-6.; delete the folder"):
+    with pytest.raises(ShisaError, match="no checkpoint is whole .step-000006: optimizer.pt is cut off or changed; step-000004: .*; delete the folder"):
         sft.main({**job, "out": str(tmp_path), "checkpoints": str(tmp_path / "checkpoints")})
     assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "unmarked"])
-def test_going_on_equals_an_undisturbed_run(undisturbed, tmp_path, damage):
+def test_going_on_equals_an_undisturbed_run(undisturbed, tmp_path, capfd, damage):
     """From what a kill can leave, the newest whole checkpoint is used, or none: the bytes are the same."""
     job, folder = undisturbed
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(folder / "checkpoints", checkpoints)
     if damage == "gone":
-        shutil.rmtree(checkpoints / "checkpoint-6")
+        shutil.rmtree(checkpoints / "step-000006")
     elif damage == "cut":
-        (checkpoints / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
-    else:  # as a kill inside the very first save leaves it
-        shutil.rmtree(checkpoints / "checkpoint-4")
-        (checkpoints / "checkpoint-6" / MARK).unlink()
+        (checkpoints / "step-000006" / "optimizer.pt").write_bytes(b"half")
+    else:  # as a kill inside the very first save leaves it: under TRL's name
+        shutil.rmtree(checkpoints / "step-000004")
+        (checkpoints / "step-000006" / MARK).unlink()
+        (checkpoints / "step-000006").rename(checkpoints / "checkpoint-6")
     sft.main({**job, "out": str(tmp_path), "checkpoints": str(checkpoints)})
+    assert ("optimizer.pt is cut off or changed; set aside, going on from step-000004" in capfd.readouterr().err) == (damage == "cut")
     assert same_weights(tmp_path / "model", folder / "model")
     assert (tmp_path / "steps.parquet").read_bytes() == (folder / "steps.parquet").read_bytes()
+
+
+def life(folder: Path, told) -> bytes:
+    """The fine-tuning that lives.py kills: a job as a stage describes it, a checkpoint after every step."""
+    described = json.loads((folder.parent / "job.json").read_text())
+    out = folder.with_name(f"{folder.name}-out")
+    out.mkdir(exist_ok=True)
+    sft.main({**described, "out": str(out), "checkpoints": str(folder)}, lambda *step: told())
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+def test_killed_inside_a_save_of_trl_gives_the_same_weights(undisturbed, tmp_path):
+    job, folder = undisturbed
+    settings = {**job["settings"], "checkpoint_every": 1, "epochs": 4}
+    (tmp_path / "job.json").write_text(json.dumps({**job, "settings": settings}))
+    assert lives("test_sft", tmp_path, kills=4) >= 1
 
 
 def test_other_settings_are_refused(undisturbed, tmp_path):
@@ -205,10 +225,10 @@ def test_other_settings_are_refused(undisturbed, tmp_path):
     with pytest.raises(ShisaError, match="learning_rate: 0.001 -> 0.002") as caught:
         sft.main(changed)
     assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "model").exists()
-    mark = json.loads((folder / "checkpoints" / "checkpoint-6" / MARK).read_text())["made_for"]
+    mark = json.loads((folder / "checkpoints" / "step-000006" / MARK).read_text())["made_from"]
     assert mark["processes"] == 1 and mark["rows"] == file_sha256(folder / "rows.parquet")
     with pytest.raises(ShisaError, match="processes: 1 -> 2"):
-        last_complete(folder / "checkpoints", {**mark, "processes": 2})
+        choose_checkpoint(folder / "checkpoints", {**mark, "processes": 2}, print)
 
 
 @settings(deadline=None)  # the packer is compiled at its first call
@@ -262,7 +282,7 @@ def test_adapters_learn_alone_resume_and_are_merged(undisturbed, base, tokenizer
     for (name, old), (_, new) in zip(before.named_parameters(), merged.named_parameters()):
         assert torch.equal(old, new) != ("proj" in name), name
     shutil.copytree(tmp_path / "a" / "c", tmp_path / "b" / "c")
-    shutil.rmtree(tmp_path / "b" / "c" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "b" / "c" / "step-000006")
     sft.main(jobs[1])
     assert same_weights(tmp_path / "a" / "model", tmp_path / "b" / "model")
 

@@ -19,7 +19,7 @@ from shisa.packing import (
     IGNORE, Packed, Pieces, Window, best_fit_decreasing, check_packed, cut, draw, encode_documents, heldout_windows, pack,
     score_windows, split_windows, unigram_bits_per_byte,
 )
-from shisa.train import last_checkpoint
+from shisa.models import last_checkpoint
 
 BOS, EOS = 1, 2
 ROOT = Path(__file__).parent.parent
