@@ -28,7 +28,7 @@ from .embeddings import bare_tokenizer, resize_and_init
 from .mix import config as mix_config
 from .mix import pack_block, pieces_to_draw, tokenise
 from .models import device, load_model, load_tokenizer, mask_padding, pad_id, padding_ids, quiet, save_model
-from .packing import Packed, Window, cut, encode_texts, heldout_windows, pack, sample_texts, score_windows
+from .packing import Packed, Window, cut, encode_texts, heldout_windows, pack, sample_documents, score_windows
 from .pretrain import PretrainConfig, phases
 from .pretrain import config as pretrain_config
 from .stage import Artifact, module_of
@@ -178,7 +178,7 @@ class Bench:
     def extended(self, seed: int, rows: tuple[str, str, int]) -> Any:
         """The base of a seed with rows for the extended vocabulary, made in this way."""
         def make() -> Any:
-            texts = sample_texts(self.split.table("train.parquet"), self.recipe.count_texts, seed)
+            texts = sample_documents(self.split.shards("train"), self.recipe.count_texts, seed)["text"].to_list()
             return resize_and_init(load_model(self.base(seed)), self.old, self.new, input_method=rows[0], output_method=rows[1],
                                    texts=texts, seed=seed)
 

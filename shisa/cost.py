@@ -132,7 +132,7 @@ class Job:
     key and value heads as they are) | mask (SDPA under a mask, as for packed documents). `frozen`: models that only read (DPO's
     reference). `candidates`: output rows a step looks at, 0: all. `passes`: times that a token's FLOPs are spent, a third for each
     pass without backward. `chunk`: tokens of which logits exist at once with a chunked loss, 0: as many as have `CHUNK_NUMBERS`.
-    `mean`: tokens of a sequence on average, where `length` is the longest; 0: `length`.
+    `mean`: tokens of a sequence on average, where `length` is the longest; 0: `length`. `checkpoint_every`: steps; 0: no checkpoints.
     """
 
     name: str
@@ -153,6 +153,7 @@ class Job:
     passes: float = 1.0
     chunk: int = 0
     mean: int = 0
+    checkpoint_every: int = 0
 
     @property
     def flops(self) -> float:
@@ -281,9 +282,11 @@ def what_fits(job: Job, machine: Machine, most: int = 3) -> list[tuple[list[str]
 
 # %% ../nbs/lib/16_cost.ipynb #af65b7e9
 def cost(job: Job, machine: Machine, price: float | None = None) -> dict[str, float]:
-    """Tokens/s of a GPU at the machine's share of its peak, GPU-hours, days on all GPUs, USD (`price` an hour; None: the machine's)."""
-    hours = machine.hours(job.flops)
-    return {"tokens_per_second_per_gpu": machine.peak * machine.mfu / job.flops_per_token, "gpu_hours": hours, "days": hours / job.gpus / 24,
+    """Tokens/s of a GPU at the machine's share of its peak, GPU-hours, days on all GPUs, USD (`price` an hour; None: the machine's), and
+    minutes between checkpoints: what a failure can cost."""
+    hours, kept = machine.hours(job.flops), job.checkpoint_every * job.batch * (job.mean or job.length)
+    return {"checkpoint_minutes": 60 * min(1.0, kept / job.tokens) * hours / job.gpus,
+            "tokens_per_second_per_gpu": machine.peak * machine.mfu / job.flops_per_token, "gpu_hours": hours, "days": hours / job.gpus / 24,
             "usd": hours * (machine.price if price is None else price)}
 
 
@@ -300,7 +303,8 @@ class Assumed:
     `conversations`, `pairs`: what 43 and 60 make of the bundled sample, of which `translated` conversations; `conversation_tokens`, `pair_tokens`: of one, both answers of a
     pair counted. Prices: USD per million tokens of gpt-4.1-mini, April 2026 (losclouds.com/ai-models/gpt-4-1-mini). `asked`: requests for
     each turn, with those refused. `stored`: bytes on disk for each byte of text, zstd or gzip; `packed`: bytes for each packed token,
-    both as at `tiny`. `kept`: checkpoints on disk at once, one of them being written.
+    both as at `tiny`. `kept`: checkpoints on disk at once, one of them being written. `mix_tokens`: of a mix as large as the text allows,
+    until 30_mix has been run.
     """
 
     conversations: int = 400
@@ -316,6 +320,7 @@ class Assumed:
     stored: float = 0.4
     packed: float = 2.0
     kept: int = 3
+    mix_tokens: int = 30_000_000
 
 
 HUB = {"mistralai/Mistral-7B-v0.1": "Mistral 7B"}
@@ -340,7 +345,7 @@ def _job(name: str, shape: Shape, config: Any, tokens: float, length: int, **mor
         "zero": zero, "precision": "float32" if not half else "bfloat16" if zero else "autocast",
         "checkpointing": getattr(config, "gradient_checkpointing", False), "candidates": getattr(config, "candidates", 0),
         "loss": "chunked" if getattr(config, "loss", "") in ("chunked", "liger") else "plain",
-        "attention": "flash" if "flash" in getattr(config, "attention", "") else "mask", **more})
+        "attention": "flash" if "flash" in getattr(config, "attention", "") else "mask", "checkpoint_every": config.checkpoint_every, **more})
 
 
 def jobs(profile: str, tokens: float = 0, assumed: Assumed = Assumed()) -> list[Job]:
@@ -350,7 +355,7 @@ def jobs(profile: str, tokens: float = 0, assumed: Assumed = Assumed()) -> list[
     start, rows = base_shape(base), 32_000 + pieces.new_pieces
     shape = start.with_rows(rows + 64 - rows % 64)  # as 20_base's pad_pieces
     found = [_job("20_base", start, base, base.steps * base.batch * base.length, base.length)] if base.source == "train" else []
-    found.append(_job("31_pretrain", shape, pretrain, tokens or mix.tokens, mix.length))
+    found.append(_job("31_pretrain", shape, pretrain, tokens or mix.tokens or assumed.mix_tokens, mix.length))
     passes = sum(step.epochs for step in sft.steps)  # a step on some of the rows counts as one on all
     found.append(_job("51_sft", shape, sft, assumed.conversations * assumed.conversation_tokens * passes,
                       sft.packing or sft.max_length, mean=assumed.conversation_tokens))

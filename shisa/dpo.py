@@ -289,7 +289,7 @@ def with_reference(config: DpoConfig, start: Path, rows: list[dict], work: Work)
 
 def run(config: DpoConfig, inputs: dict[str, Artifact], work: Work) -> dict[str, Any]:
     """Tune 51's model on 60's pairs; measure rewards, lengths and the distance to the reference on the held-out ones."""
-    from shisa.models import load_model, load_tokenizer
+    from shisa.models import load_model, load_tokenizer, most_memory
 
     start = inputs["51_sft"].folder("model")
     tokenizer, before = load_tokenizer(start), load_model(start, config.dtype)
@@ -311,12 +311,12 @@ def run(config: DpoConfig, inputs: dict[str, Artifact], work: Work) -> dict[str,
     shutil.copytree(folder / "model", work.path / "model", dirs_exist_ok=True)
     steps.write_parquet(work.path / "steps.parquet")
     return {
-        "pairs": len(rows), "steps": len(steps), "heldout": held,
+        "peak_memory": most_memory([folder]), "pairs": len(rows), "steps": len(steps), "heldout": held,
         "train": {name: steps[name].tail(4).mean() for name in ("loss", "margin", "accuracy")},
     }
 
 
-STAGE = Stage("61_dpo", 2, ("51_sft", "60_pairs"), config, run)
+STAGE = Stage("61_dpo", 3, ("51_sft", "60_pairs"), config, run)
 
 # %% ../nbs/61_dpo.ipynb #2bd48a48
 def plot(artifact: Artifact) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 from .config import ShisaError, StageConfig, identity, numeric
-from .packing import bits_per_byte, count_tokens, encode_texts, heldout_windows, sample_texts
+from .packing import bits_per_byte, count_tokens, encode_texts, heldout_windows, sample_documents
 from .stage import Artifact, Stage, Work
 from shisa.models import (
     copy_checkpoint, device, files_of, generation_config, load_model, load_tokenizer, mask_padding, padding_ids, save_tokenizer,
@@ -355,7 +355,7 @@ def run(config: EmbeddingsConfig, inputs: dict[str, Artifact], work: Work) -> di
     """Resize the base's files, then load them and measure before any training. Files: model/ with the extended tokenizer."""
     folders = inputs["20_base"].folder("model"), inputs["21_tokenizer"].folder("tokenizer")
     old, new = (load_tokenizer(folder) for folder in folders)
-    texts = sample_texts(inputs["14_split"].table("train.parquet"), config.texts, config.seed)
+    texts = sample_documents(inputs["14_split"].shards("train"), config.texts, config.seed)["text"].to_list()
     work.progress("rows", 0, 2)
     if not (work.path / "model").exists():
         resize_checkpoint(folders[0], work.path / "model", old, new, input_method=config.input_rows,

@@ -89,22 +89,22 @@ def check_fits(model: Any, ids: list[int], max_new_tokens: int) -> None:
 
 
 def _settings(tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
-    from shisa.models import padding_ids
+    from shisa.models import pad_id, padding_ids
     from transformers import GenerationConfig
 
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, suppress_tokens=padding_ids(tokenizer) or None, **sampling,
+        pad_token_id=pad_id(tokenizer), suppress_tokens=padding_ids(tokenizer) or None, **sampling,
     )
 
 
-def _batch(model: Any, tokenizer: Any, prompts: list[list[int]], settings: Any) -> list[list[int]]:
+def _batch(model: Any, prompts: list[list[int]], settings: Any) -> list[list[int]]:
     """New tokens of one batch, padded on the left by hand: no tokenizer setting is changed behind the caller's back."""
     import torch
 
     width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
+    ids = torch.tensor([[settings.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     return made[:, width:].tolist()
@@ -125,7 +125,7 @@ def answer_ids(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tok
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            for place, made in zip(places, _batch(model, tokenizer, [prompts[p] for p in places], settings)):
+            for place, made in zip(places, _batch(model, [prompts[p] for p in places], settings)):
                 stopped = tokenizer.eos_token_id in made
                 made = made[: made.index(tokenizer.eos_token_id) + 1] if stopped else made
                 text = tokenizer.decode(made, skip_special_tokens=True)

@@ -283,13 +283,13 @@ def pack_block(item: tuple[int, int, int], scratch: str, target: str, config: "M
 # %% ../nbs/30_mix.ipynb #a0af8d36
 def pieces_to_draw(units: pl.DataFrame, config: "MixConfig") -> tuple[pl.DataFrame, dict[str, dict[str, Any]]]:
     """The pieces to read, in the order in which they are packed (columns file, head, start, size, number, ends), and the facts
-    of each share, from the sizes of all documents alone.
+    of each share, from the sizes of all documents alone (`units`: columns share, documents, file, start, size).
 
-    `units` has the columns share, documents, file, start, size. Raises `ShisaError` where a share has no document, or would be
-    read more than `max_passes` times.
-    """
-    parts, facts = [], {}
-    for share, budget in budgets(config.tokens, config.shares).items():
+    Raises `ShisaError` where a share has no document, or would be read more than `max_passes` times."""
+    parts, facts, have = [], {}, dict(units.group_by("share").agg(pl.col("size").sum()).iter_rows())
+    # the share with the least text for what is asked of it decides, rounded down by a token each
+    most = min(int(config.max_passes * have.get(name, 0) / part) for name, part in config.shares.items()) - len(config.shares)
+    for share, budget in budgets(config.tokens or max(1, most), config.shares).items():
         own = units.with_row_index("unit").filter(pl.col("share") == share)
         if not len(own):
             there = ", ".join(f"{name} {count}" for name, count in units["share"].value_counts().sort("share").rows())
@@ -314,7 +314,7 @@ def pieces_to_draw(units: pl.DataFrame, config: "MixConfig") -> tuple[pl.DataFra
 class MixConfig(ShardConfig):
     """How much of which language and kind, in sequences of which length."""
 
-    tokens: int = identity(184_320, "tokens of the whole mix", gt=0)
+    tokens: int = identity(184_320, "tokens of the whole mix; 0: as many as max_passes allow", ge=0)
     shares: dict[str, float] = identity({"ja": 0.8, "en": 0.2}, "of the tokens: by language, kind, kind/language, or parallel")
     kinds: dict[str, list[str]] = identity({}, "by kind: how the names of sources of it begin; else meta.kind says it")
     length: int = identity(256, "tokens in a sequence", ge=8)
@@ -336,7 +336,7 @@ def config(profile: str) -> MixConfig:
     return MixConfig(**{
         "tiny": {},
         "small": {"tokens": 2_867_200, "shares": {"ja": 0.9, "en": 0.1}},
-        "h100": {"tokens": 40_000_000, "length": 1024},
+        "h100": {"tokens": 0, "length": 1024},
         "a100x16": {"tokens": 8_000_000_000, "shares": {"ja": 0.9, "en": 0.1}, "length": 4096},
     }[profile])
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXTRA', 'TOKENIZER_FILES', 'INDEX', 'SINGLE', 'TYPES', 'MARK', 'quiet', 'load_tokenizer', 'padding_ids', 'pad_id',
-           'device', 'mask_padding', 'load_model', 'generation_config', 'save_tokenizer', 'save_model', 'read_header',
-           'files_of', 'copy_checkpoint', 'flush', 'finish_checkpoint', 'broken', 'last_checkpoint',
-           'choose_checkpoint']
+           'device', 'note_memory', 'most_memory', 'mask_padding', 'load_model', 'generation_config', 'save_tokenizer',
+           'save_model', 'read_header', 'files_of', 'copy_checkpoint', 'flush', 'finish_checkpoint', 'broken',
+           'last_checkpoint', 'choose_checkpoint']
 
 # %% ../nbs/lib/06_models.ipynb #b4d6455a
 import json
@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,19 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def note_memory(folder: Path) -> None:
+    """Write folder/memory.json: the bytes that tensors took at most on this process's GPU so far; null without a GPU."""
+    import torch
+
+    write_json(folder / "memory.json", torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None)
+
+
+def most_memory(folders: Iterable[Path]) -> int | None:
+    """The largest number that `note_memory` left in these folders; None where nothing ran on a GPU."""
+    noted = (json.loads((folder / "memory.json").read_text(encoding="utf-8")) for folder in folders)
+    return max((size for size in noted if size), default=None)
 
 
 def mask_padding(model: Any, ids: list[int]) -> Any:

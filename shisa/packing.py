@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'COLUMNS', 'GROUP_TOKENS', 'CACHED_GROUPS', 'encode_texts', 'encode_documents', 'count_tokens',
-           'sample_texts', 'Pieces', 'gather', 'spans', 'cut', 'draw', 'best_fit_decreasing', 'Packed', 'pack',
+           'sample_documents', 'Pieces', 'gather', 'spans', 'cut', 'draw', 'best_fit_decreasing', 'Packed', 'pack',
            'check_packed', 'Scores', 'score_windows', 'bits_per_byte', 'unigram_bits_per_byte']
 
 # %% ../nbs/lib/07_packing.ipynb #2340da92
@@ -44,12 +44,17 @@ def count_tokens(tokenizer: Any, texts: list[str]) -> np.ndarray:
     return counts
 
 
-def sample_texts(documents: pl.DataFrame, each: int, seed: int) -> list[str]:
-    """`each` texts of every language (fewer where there are not so many), in a seeded order. Columns: id, text, lang."""
-    found: list[str] = []
-    for _, rows in sorted(documents.sort("id").group_by("lang"), key=lambda item: item[0]):
-        found += [rows["text"][int(i)] for i in np.random.default_rng(seed).permutation(len(rows))[:each]]
-    return found
+def sample_documents(shards: Sequence[Path], each: int, seed: int) -> pl.DataFrame:
+    """`each` documents of every language (fewer where there are not so many) of a table's Parquet files, in a seeded order.
+
+    Ids and languages are read whole, the rest for the chosen rows: a corpus need not fit into memory.
+    """
+    index = pl.concat(pl.read_parquet(path, columns=["id", "lang"]).with_columns(shard=at) for at, path in enumerate(shards))
+    chosen = pl.concat(rows[np.random.default_rng(seed).permutation(len(rows))[:each]]
+                       for rows in index.sort("lang", "id").partition_by("lang")).with_row_index("place")
+    parts = [pl.scan_parquet(shards[at]).join(rows.select("id", "place").lazy(), on="id").collect()
+             for (at,), rows in chosen.partition_by("shard", as_dict=True).items()]
+    return pl.concat(parts).sort("place").drop("place")
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,8 @@ def plan_of(profile: str, machine: str = "", gpus: int = 0, price: float | None 
     root, name = run_root(profile, out), machine or MACHINE_OF[check_profile(profile)]
     chosen = replace(machine_of(name), **({"mfu": mfu} if mfu else {}))
     assumed, paid = (Assumed(conversations=conversations, translated=conversations) if conversations else Assumed()), chosen.price if price is None else price
+    if (mix := root / "30_mix" / "manifest.json").is_file():
+        assumed = replace(assumed, mix_tokens=sum(Artifact(mix.parent).metrics["tokens"].values()))
     trainings = [replace(job, gpus=gpus) if gpus else job for job in jobs(profile, tokens, assumed)]
     rows = [training_row(job, chosen, paid) for job in trainings]
     done = [row for job in trainings if (row := measured(job, root / job.name, chosen))]

@@ -48,6 +48,7 @@ def training_rows(stages: dict[str, Artifact]) -> list[dict[str, Any]]:
     bits = stages["31_pretrain"].metrics["bits_per_byte"]
     trained, untrained, base, unigram = (bits[key] for key in ("trained", "untrained", "base", "unigram"))
     gates, change = stages["31_pretrain"].metrics["gates"], untrained["en"] / base["en"] - 1
+    gap = stages["31_pretrain"].metrics["gap"]["ja"]
     share, english, stop = (gates[name] for name in (
         "Japanese, share of untrained", "English, share of base", "P(EOS), ends over elsewhere"))
     return [
@@ -57,6 +58,8 @@ def training_rows(stages: dict[str, Artifact]) -> list[dict[str, Any]]:
         _row("English bits per byte (base → resized, step 0)", base["en"], untrained["en"], "< 2% above", change < 0.02),
         _row("English bits per byte (base → trained)", base["en"], trained["en"], f"< {english['limit'] - 1:.0%} above",
              english["holds"]),
+        _row("Japanese bits per byte (text trained on → held out)", gap["trained"], gap["heldout"],
+             f"< 10% above, the text's own {gap['of the text itself']:.0%} aside", not gap["overfits"]),
         _row("P(end) at document ends ÷ elsewhere", "", stop["value"], f"≥ {stop['limit']:g}", stop["holds"]),
     ]
 
@@ -252,12 +255,12 @@ def show_plan(plan: dict[str, Any]) -> None:
     trainings, gib = plan["trainings"], 2.0**30
     print(f"{plan['profile']} on {plan['machine']}: {plan['mfu']:.1%} of the peak, {plan['price']} USD an hour ({plan['source']})")
     spent = {"training": "all", "million tokens": "", "PFLOPs": plan["all"]["flops"] / 1e15, "tokens/s/GPU": "", "GPUs": "",
-             "GPU-hours": plan["all"]["gpu_hours"], "days": plan["all"]["days"], "USD": plan["all"]["usd"]}
+             "GPU-hours": plan["all"]["gpu_hours"], "days": plan["all"]["days"], "USD": plan["all"]["usd"], "minutes between checkpoints": ""}
     print_tables({
         "Parameters, millions": [{part: count / 1e6 for part, count in {**plan["parameters"], "all": sum(plan["parameters"].values())}.items()}],
         "Trainings": [{"training": row["name"], "million tokens": row["tokens"] / 1e6, "PFLOPs": row["flops"] / 1e15,
                        "tokens/s/GPU": row["tokens_per_second_per_gpu"], "GPUs": row["gpus"], "GPU-hours": row["gpu_hours"],
-                       "days": row["days"], "USD": row["usd"]} for row in trainings] + [spent],
+                       "days": row["days"], "USD": row["usd"], "minutes between checkpoints": row["checkpoint_minutes"]} for row in trainings] + [spent],
         "Memory of one GPU at the worst moment of a step, GiB": [
             {"training": row["name"], **{part: size / gib for part, size in row["memory"].items()}, "all": row["memory_all"] / gib,
              "fits": ", ".join(name for name, holds in row["fits"].items() if holds) or "none"} for row in trainings],
@@ -267,7 +270,8 @@ def show_plan(plan: dict[str, Any]) -> None:
                                   for what, size in {**plan[group], f"all {group}": sum(plan[group].values())}.items()],
         "Translation by API": [plan["translation"]],
         "Predicted and measured": [{"training": row["name"], "seconds, predicted": row["seconds_predicted"], "measured": float(row["seconds"]),
-                                    "of": row["of"], "tokens/s/GPU": row["tokens_per_second_per_gpu"], "share of peak": row["mfu"]}
+                                    "of": row["of"], "tokens/s/GPU": row["tokens_per_second_per_gpu"], "share of peak": row["mfu"],
+                                    "GiB, predicted": row["memory_predicted"] / gib, "allocated": (row["memory"] or 0) / gib or "no GPU"}
                                    for row in plan["measured"]]})
 
 # %% ../nbs/lib/12_report.ipynb #e2bd5f35

@@ -335,7 +335,7 @@ def train_control(config: SftConfig, base: Path, family: list[list[dict]], heldo
 
 def run(config: SftConfig, inputs: dict[str, Artifact], work: Work) -> dict[str, Any]:
     """Fine-tune on 43's conversations from 31's model; compare with the control; measure stopping and held-out loss."""
-    from shisa.models import load_model, load_tokenizer
+    from shisa.models import load_model, load_tokenizer, most_memory
 
     base = inputs["31_pretrain"].folder("model")
     tokenizer, start = install_template(load_tokenizer(base)), load_model(base, config.dtype)
@@ -351,7 +351,7 @@ def run(config: SftConfig, inputs: dict[str, Artifact], work: Work) -> dict[str,
     stop, replies = stopping(load_model(trained, config.dtype), tokenizer, heldout, config.max_new_tokens)
     steps = pl.read_parquet(work.path / "steps.parquet")
     metrics = {
-        "rows": len(rows), "steps": len(steps), "stop_share": stop["all"], "stop_share_by_source": stop, "jobs": facts,
+        "peak_memory": most_memory(path.parent for path in work.scratch.glob("job-*/memory.json")), "rows": len(rows), "steps": len(steps), "stop_share": stop["all"], "stop_share_by_source": stop, "jobs": facts,
         "loss": {"first": steps["loss"][0], "last": steps["loss"].tail(5).mean(),
                  "heldout_before": facts[0]["before"]["all"], "heldout_after": facts[-1]["after"]["all"]},
         "replies": sorted(replies, key=lambda reply: reply["source"] == "family")[:4] + replies[-2:],
@@ -366,7 +366,7 @@ def run(config: SftConfig, inputs: dict[str, Artifact], work: Work) -> dict[str,
     return metrics
 
 
-STAGE = Stage("51_sft", 2, ("31_pretrain", "43_sft_data"), config, run)
+STAGE = Stage("51_sft", 3, ("31_pretrain", "43_sft_data"), config, run)
 
 # %% ../nbs/51_sft.ipynb #129f0cc5
 def plot(artifact: Artifact) -> Any:

@@ -23,7 +23,7 @@ import numpy as np
 import polars as pl
 from .config import ShisaError, write_json
 from .launch import launch
-from .models import choose_checkpoint, finish_checkpoint, load_model, padding_ids, save_model
+from .models import choose_checkpoint, finish_checkpoint, load_model, note_memory, padding_ids, save_model
 from .packing import IGNORE, best_fit_decreasing
 from .stage import Work, write_shard
 
@@ -265,9 +265,10 @@ def export_model(trainer: Any, tokenizer: Any, folder: Path, settings: Any) -> N
 
 
 def finish_job(trainer: Any, steps: pl.DataFrame, tokenizer: Any, settings: Any, folder: Path) -> None:
-    """Write folder/model and, last, folder/steps.parquet."""
+    """Write folder/model, folder/memory.json and, last, folder/steps.parquet."""
     export_model(trainer, tokenizer, folder / "model", settings)
     if trainer.is_world_process_zero():
+        note_memory(folder)
         write_shard(steps, folder / "steps.parquet")
 
 

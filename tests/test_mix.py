@@ -78,6 +78,21 @@ def test_a_mix_that_cannot_be_is_refused_in_one_line(changes, message):
     assert "\n" not in str(refusal.value)
 
 
+@given(st.lists(st.integers(3, 400), min_size=1, max_size=30), st.lists(st.integers(3, 400), min_size=1, max_size=30), st.integers(1, 9))
+def test_without_a_number_the_text_decides_how_large_the_mix_is(japanese, english, tenths):
+    """As large as max_passes over the scarcer share make it, never larger, and no share is refused."""
+    sizes = japanese + english
+    units = pl.DataFrame({"share": ["ja"] * len(japanese) + ["en"] * len(english), "documents": 1, "file": 0, "start": 0, "size": sizes})
+    own = config("h100").change(shares={"ja": tenths / 10, "en": 1 - tenths / 10})
+    assert own.tokens == 0
+    most = min(4 * sum(japanese) / (tenths / 10), 4 * sum(english) / (1 - tenths / 10))
+    if most < 4:
+        return
+    _, facts = pieces_to_draw(units, own)
+    wanted = sum(fact["wanted"] for fact in facts.values())
+    assert most - 4 <= wanted <= most and all(fact["wanted"] <= 4 * fact["there"] for fact in facts.values())
+
+
 def test_profiles_keep_shisas_shares():
     assert config("a100x16").shares == {"ja": 0.9, "en": 0.1} and config("a100x16").length == 4096
     assert config("tiny").shares == {"ja": 0.8, "en": 0.2}

@@ -14,8 +14,11 @@ from shisa.stage import Artifact, Work
 CONTEXT = 2048
 
 
-def make_model(folder: Path, seed: int = 0, letters: str = "INSTinst[]/答え") -> None:
-    """A random Mistral with a SentencePiece-like tokenizer of 320 pieces: bytes, letters, padding rows."""
+def make_model(folder: Path, seed: int = 0, extended: bool = True) -> None:
+    """A random Mistral with a SentencePiece-like tokenizer of 320 pieces: bytes, letters, padding rows.
+
+    Not extended, it has no pad token, as Mistral's has none, and is dearer: 答 and え are three bytes each.
+    """
     import torch
     from shisa.chat_format import install_template
     from shisa.models import quiet, save_model
@@ -23,7 +26,7 @@ def make_model(folder: Path, seed: int = 0, letters: str = "INSTinst[]/答え") 
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
     quiet()
-    pieces = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], "▁", *letters]
+    pieces = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], "▁", *"INSTinst[]/", *("答え" if extended else "")]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -34,7 +37,7 @@ def make_model(folder: Path, seed: int = 0, letters: str = "INSTinst[]/答え") 
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>", *extras)])
     tokenizer = install_template(
         PreTrainedTokenizerFast(
-            tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token=extras[0]
+            tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token=extras[0] if extended else None
         )
     )
     torch.manual_seed(seed)
@@ -96,7 +99,7 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     )
     seal(root / "14_split", {"leak_share": 0.004, "removed_by_decontamination": 7}, made_from="10_sources")
     seal(root / "99_other", licences=[{"source": "unrelated", "licence": "secret"}])
-    make_model(root / "20_base" / "model", seed=9, letters="INSTinst[]/")  # dearer: 答 and え are three bytes each
+    make_model(root / "20_base" / "model", seed=9, extended=False)
     bits = {"base": {"ja": 7.9, "en": 2.5}, "trained": {"ja": 2.7, "en": 2.55}}
     inputs = {"20_base": seal(root / "20_base"), "21_tokenizer": seal(root / "21_tokenizer", {"new_pieces": 1234})}
     for seed, (name, metrics) in enumerate(

@@ -17,7 +17,7 @@ from launch_toys import placed, training_spec
 from shisa.config import ShisaError, file_sha256
 from shisa.packing import (
     IGNORE, Packed, Pieces, Window, best_fit_decreasing, check_packed, cut, draw, encode_documents, heldout_windows, pack,
-    score_windows, split_windows, unigram_bits_per_byte,
+    sample_documents, score_windows, split_windows, unigram_bits_per_byte,
 )
 from shisa.models import last_checkpoint
 
@@ -153,6 +153,27 @@ def test_bits_per_byte_is_what_the_definition_says(tokenizer):
 def test_unigram_is_not_beaten_by_chance(tokenizer):
     texts = ["the cat sat on the mat"] * 20
     assert unigram_bits_per_byte(tokenizer, texts, texts) < unigram_bits_per_byte(tokenizer, ["zzz"], texts)
+
+
+def test_a_sample_is_the_same_however_the_table_is_cut(tmp_path):
+    rows = pl.DataFrame({"id": [f"{i:03d}" for i in range(90)], "lang": ["ja", "en", "ja"] * 30, "text": [f"text {i}" for i in range(90)]})
+    rows.write_parquet(tmp_path / "all.parquet")
+    parts = [tmp_path / f"part-{at}.parquet" for at in range(4)]
+    for path, part in zip(parts, (rows[50:], rows[:3], rows[3:4], rows[4:50]), strict=True):
+        part.write_parquet(path)
+    whole = sample_documents([tmp_path / "all.parquet"], 40, seed=1)
+    assert sample_documents(parts, 40, seed=1).equals(whole) and not sample_documents(parts, 40, seed=2).equals(whole)
+    assert whole["lang"].to_list() == ["en"] * 30 + ["ja"] * 40 and whole["id"].n_unique() == 70
+    assert all(text == f"text {int(name)}" for name, text in whole.select("id", "text").iter_rows())
+
+
+@pytest.mark.parametrize("trained, heldout, plain, overfits", [
+    (2.0, 2.1, 1.0, False), (2.0, 2.3, 1.0, True), (2.0, 2.3, 1.1, False), (2.0, 2.1, 0.9, True)])
+def test_what_is_called_overfitting(trained, heldout, plain, overfits):
+    from shisa.pretrain import heldout_gap
+
+    found = heldout_gap(trained, heldout, plain)
+    assert found["overfits"] is overfits and found["gap"] == pytest.approx(heldout / trained - 1)
 
 
 def test_heldout_draw_takes_from_every_source():
