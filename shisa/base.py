@@ -280,7 +280,7 @@ class BaseConfig(StageConfig):
 def config(profile: str) -> BaseConfig:
     """The base of each profile."""
     return BaseConfig(**{
-        "tiny": {},
+        "tiny": {"candidates": 4_000},
         "small": {"hidden": 192, "layers": 4, "heads": 6, "batch": 4, "micro_batch": 4, "steps": 800,
                   "candidates": 6_000, "heldout_bytes": 120_000},
         "h100": {"hidden": 512, "layers": 8, "heads": 8, "length": 1024, "batch": 32, "micro_batch": 32, "steps": 600,

@@ -71,7 +71,7 @@ class PretrainConfig(StageConfig):
 def config(profile: str) -> PretrainConfig:
     """Pre-training of each profile."""
     return PretrainConfig(**{
-        "tiny": {},
+        "tiny": {"candidates": 4_000},
         "small": {"batch": 4, "micro_batch": 4, "learning_rate": 2.5e-3, "candidates": 6_000, "english_gate": 1.03,
                   "heldout_bytes": 120_000},
         "h100": {"batch": 32, "micro_batch": 16, "learning_rate": 5e-4, "heldout_bytes": 400_000, "window_bytes": 2048,

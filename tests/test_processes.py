@@ -66,21 +66,42 @@ def kill_after(config: Path, mark: str) -> None:
     os.kill(max(workers(config)), signal.SIGKILL)
 
 
+def job(base, folder: Path, rows, settings) -> dict:
+    """A job in a folder of its own, as a stage describes it."""
+    folder.mkdir()
+    pl.DataFrame(rows).write_parquet(folder / "rows.parquet")
+    described = {"model": str(base[0]), "rows": str(folder / "rows.parquet"), "out": str(folder), "done": "steps.parquet",
+                 "checkpoints": str(folder / "checkpoints"), "settings": dataclasses.asdict(settings)}
+    (folder / "job.json").write_text(json.dumps(described))
+    return described
+
+
+def as_alone(tmp_path: Path, steps: int) -> None:
+    """What two processes left is what one left: losses, names and weights."""
+    ours, theirs = (pl.read_parquet(tmp_path / name / "steps.parquet") for name in ("alone", "two"))
+    assert ours["step"].to_list() == theirs["step"].to_list() and len(ours) == steps
+    assert theirs["loss"].to_list() == pytest.approx(ours["loss"].to_list(), abs=2e-5)
+    one, two = (dict(load_model(tmp_path / name / "model").named_parameters()) for name in ("alone", "two"))
+    assert one.keys() == two.keys() and all((one[name] - two[name]).abs().max() < 1e-3 for name in one)
+
+
+def test_adapters_with_zero3(base, tmp_path):
+    module, rows, settings = sft_job(base)
+    settings = dataclasses.replace(settings, lora_rank=4, learning_rate=1e-2, epochs=2)
+    sft.main(job(base, tmp_path / "alone", rows, settings))
+    job(base, tmp_path / "two", rows, settings)
+    launch(module, tmp_path / "two" / "job.json", processes=2, zero3=True, say=lambda text: None)
+    as_alone(tmp_path, 6)
+    before, after = (dict(load_model(folder).named_parameters()) for folder in (base[0], tmp_path / "two" / "model"))
+    assert {name for name in before if not before[name].equal(after[name])} == {name for name in before if "proj" in name}
+
+
 @pytest.mark.parametrize("make", [sft_job, dpo_job])
 def test_two_processes_with_zero3(base, tmp_path, make):
     module, rows, settings = make(base)
-    pl.DataFrame(rows).write_parquet(tmp_path / "rows.parquet")
-
-    def job(name):
-        (tmp_path / name).mkdir()
-        described = {"model": str(base[0]), "rows": str(tmp_path / "rows.parquet"), "out": str(tmp_path / name), "done": "steps.parquet",
-                     "checkpoints": str(tmp_path / name / "checkpoints"), "settings": dataclasses.asdict(settings)}
-        (tmp_path / name / "job.json").write_text(json.dumps(described))
-        return described
-
-    alone = job("alone")
+    alone = job(base, tmp_path / "alone", rows, settings)
     {"shisa.sft": sft, "shisa.dpo": dpo}[module].main(alone)
-    job("two")
+    job(base, tmp_path / "two", rows, settings)
     config = tmp_path / "two" / "job.json"
     killer = threading.Thread(target=kill_after, args=(config, "step-000002"))
     killer.start()
@@ -91,8 +112,4 @@ def test_two_processes_with_zero3(base, tmp_path, make):
     with pytest.raises(ShisaError, match="processes: 2 -> 1"):
         {"shisa.sft": sft, "shisa.dpo": dpo}[module].main(json.loads(config.read_text()))
     launch(module, config, processes=2, zero3=True, say=lambda text: None)
-    ours, theirs = (pl.read_parquet(tmp_path / name / "steps.parquet") for name in ("alone", "two"))
-    assert ours["step"].to_list() == theirs["step"].to_list() and len(ours) == 18
-    assert theirs["loss"].to_list() == pytest.approx(ours["loss"].to_list(), abs=2e-5)
-    one, two = (dict(load_model(tmp_path / name / "model").named_parameters()) for name in ("alone", "two"))
-    assert one.keys() == two.keys() and all((one[name] - two[name]).abs().max() < 1e-3 for name in one)
+    as_alone(tmp_path, 18)
