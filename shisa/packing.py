@@ -377,17 +377,21 @@ def bits_per_byte(model: Any, tokenizer: Any, texts: list[str] | list[Window], w
     return score_windows(model, tokenizer, windows).bits_per_byte
 
 
-def unigram_bits_per_byte(tokenizer: Any, train_texts: list[str], texts: list[str] | list[Window],
-                          window_bytes: int = WINDOW_BYTES) -> float:
-    """Bits per byte of a unigram model of the training texts' tokens, on the very tokens `bits_per_byte` scores.
+def unigram_bits_per_byte(tokenizer: Any, train_texts: list[str], *several: list[str] | list[Window],
+                          window_bytes: int = WINDOW_BYTES) -> list[float]:
+    """Bits per byte of a unigram model of the training texts' tokens, on the very tokens `bits_per_byte` scores: a number for
+    each of `several` lists of texts or windows.
 
-    Additive smoothing over the vocabulary without padding rows. Of six strengths the best one on `texts` counts: that
+    Additive smoothing over the vocabulary without padding rows. Of six strengths the best one on a list counts: that
     favours the baseline.
     """
-    end, windows = tokenizer.eos_token_id, [window for text in texts for window in split_windows(text, window_bytes)]
-    counts, seen = count_tokens(tokenizer, train_texts), count_tokens(tokenizer, [window.text for window in windows])
+    end, counts = tokenizer.eos_token_id, count_tokens(tokenizer, train_texts)
     counts[end] += len(train_texts)
-    seen[end] += sum(window.ends for window in windows)
-    real = len(tokenizer) - len(padding_ids(tokenizer))
-    bits = [-(seen * np.log2((counts + k) / (counts.sum() + k * real))).sum() for k in (1, 0.3, 0.1, 0.03, 0.01, 0.003)]
-    return float(min(bits)) / max(1, sum(len(w.text.encode()) for w in windows))
+    real, found = len(tokenizer) - len(padding_ids(tokenizer)), []
+    for texts in several:
+        windows = [window for text in texts for window in split_windows(text, window_bytes)]
+        seen = count_tokens(tokenizer, [window.text for window in windows])
+        seen[end] += sum(window.ends for window in windows)
+        bits = [-(seen * np.log2((counts + k) / (counts.sum() + k * real))).sum() for k in (1, 0.3, 0.1, 0.03, 0.01, 0.003)]
+        found.append(float(min(bits)) / max(1, sum(len(w.text.encode()) for w in windows)))
+    return found

@@ -307,14 +307,14 @@ def evaluate(config: PretrainConfig, inputs: dict[str, Artifact], counted: Path,
         scores[name] = measure(folder, windows, config.dtype)
     bits = {name: {lang: score.bits_per_byte for lang, score in row.items()} for name, row in scores.items()}
     documents, tokenizer = sample_documents(split.shards("train"), COUNTED, config.seed), load_tokenizer(trained)
-    seen = heldout_windows(documents, config.heldout_bytes, config.window_bytes)
+    size = config.heldout_bytes or max(sum(len(window.text.encode()) for window in rows) for rows in windows.values())
+    seen = heldout_windows(documents, size, config.window_bytes)
     work.progress("bits per byte of text that was trained on", len(folders), len(folders) + 1)
     own, bits["unigram"], gap = measure(trained, seen, config.dtype), {}, {}
     for lang in sorted(windows):
         texts = documents.filter(pl.col("lang") == lang)["text"].to_list()
-        bits["unigram"][lang] = unigram_bits_per_byte(tokenizer, texts, windows[lang])
-        plain = bits["unigram"][lang] / unigram_bits_per_byte(tokenizer, texts, seen[lang])
-        gap[lang] = heldout_gap(own[lang].bits_per_byte, bits["trained"][lang], plain)
+        bits["unigram"][lang], plain = unigram_bits_per_byte(tokenizer, texts, windows[lang], seen[lang])
+        gap[lang] = heldout_gap(own[lang].bits_per_byte, bits["trained"][lang], bits["unigram"][lang] / plain)
     ratio = {name: sum(row.values(), Scores()).p_eos_ratio for name, row in scores.items()}
     return {
         "bits_per_byte": bits, "p_eos_ratio": ratio["trained"], "p_eos_ratio_untrained": ratio["untrained"],

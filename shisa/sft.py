@@ -266,7 +266,7 @@ def config(profile: str) -> SftConfig:
         return (SftStep(name="mix", epochs=epochs, learning_rate=first), SftStep(name="japanese", rows="ja", learning_rate=second))
 
     return SftConfig(**{
-        "tiny": {},
+        "tiny": {"steps": two(3e-3, 2, 1e-3), "family_repeats": 5},
         "small": {"steps": two(2e-3, 2, 5e-4), "max_length": 1024, "family_repeats": 4},
         "h100": {"steps": two(1e-4, 2, 5e-5), "batch_size": 32, "micro_batch": 16, "max_length": 2048,
                  "dtype": "bfloat16", "family_repeats": 1, "checkpoint_every": 200},

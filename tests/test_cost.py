@@ -125,6 +125,16 @@ def test_cost_follows_from_flops_price_and_share():
     assert found["gpu_hours"] == pytest.approx(SEVEN.flops / machine.peak / machine.mfu / 3600)
     assert found["usd"] == pytest.approx(2 * found["gpu_hours"]) and found["days"] == pytest.approx(found["gpu_hours"] / 16 / 24)
     assert found["tokens_per_second_per_gpu"] * 3600 * found["gpu_hours"] == pytest.approx(SEVEN.tokens)
+    assert found["checkpoint_minutes"] == 0
+    hundred = cost.cost(replace(SEVEN, checkpoint_every=100), machine)["checkpoint_minutes"]
+    assert hundred == pytest.approx(24 * 60 * found["days"] * 100 * SEVEN.batch * SEVEN.length / SEVEN.tokens)
+
+
+def test_a_failure_of_the_planned_trainings_costs_less_than_an_hour():
+    from shisa.planner import plan_of
+
+    for row in plan_of("a100x16", out="/nowhere/at/all")["trainings"]:
+        assert 0 < row["checkpoint_minutes"] < 60, row["name"]
 
 
 def test_unknown_machine_lists_the_known():
@@ -240,6 +250,7 @@ def test_options_change_what_they_name():
     more = plan_of("h100", tokens=80e6, conversations=1_100, out="/nowhere/at/all")
     assert more["trainings"][1]["tokens"] == 80e6 and more["translation"]["conversations"] == 1_100
     assert more["translation"]["usd"] == pytest.approx(10 * base["translation"]["usd"])
+    assert base["trainings"][1]["tokens"] == base["assumed"]["mix_tokens"]  # as large as the text allows, which is not known yet
 
 
 def test_after_a_run_the_plan_shows_what_was_measured(finished_run):
