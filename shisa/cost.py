@@ -283,8 +283,8 @@ def what_fits(job: Job, machine: Machine, most: int = 3) -> list[tuple[list[str]
 # %% ../nbs/lib/16_cost.ipynb #af65b7e9
 def cost(job: Job, machine: Machine, price: float | None = None) -> dict[str, float]:
     """Tokens/s of a GPU at the machine's share of its peak, GPU-hours, days on all GPUs, USD (`price` an hour; None: the machine's), and
-    minutes between checkpoints: what a failure can cost."""
-    hours, kept = machine.hours(job.flops), job.checkpoint_every * job.batch * (job.mean or job.length)
+    minutes between checkpoints at most (were every sequence of full length): what a failure can cost."""
+    hours, kept = machine.hours(job.flops), job.checkpoint_every * job.batch * job.length
     return {"checkpoint_minutes": 60 * min(1.0, kept / job.tokens) * hours / job.gpus,
             "tokens_per_second_per_gpu": machine.peak * machine.mfu / job.flops_per_token, "gpu_hours": hours, "days": hours / job.gpus / 24,
             "usd": hours * (machine.price if price is None else price)}

@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -36,7 +37,8 @@ def start(life: Callable[[Path, Callable[[], object]], bytes], folder: Path) -> 
     try:
         folder.with_suffix(".bin").write_bytes(life(folder, lambda: os.write(told, b".")))
         os._exit(0)
-    finally:
+    except BaseException:  # a fork must never return into its parent's code
+        traceback.print_exc()
         os._exit(1)
 
 
