@@ -93,6 +93,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'shisa.cli.write_pages': ('lib/cli.html#write_pages', 'shisa/cli.py')},
             'shisa.config': { 'shisa.config.ShardConfig': ('lib/config.html#shardconfig', 'shisa/config.py'),
                               'shisa.config.ShisaError': ('lib/config.html#shisaerror', 'shisa/config.py'),
+                              'shisa.config.SpendCapReached': ('lib/config.html#spendcapreached', 'shisa/config.py'),
                               'shisa.config.StageConfig': ('lib/config.html#stageconfig', 'shisa/config.py'),
                               'shisa.config.StageConfig.__pydantic_init_subclass__': ( 'lib/config.html#stageconfig.__pydantic_init_subclass__',
                                                                                        'shisa/config.py'),

@@ -32,7 +32,7 @@ Out = Annotated[str, typer.Option(help="folder of the run; empty: runs/PROFILE")
 
 
 def one_line(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: a `ShisaError` becomes one line on stderr and exit code 2."""
+    """Decorator: a `ShisaError` becomes one line on stderr and its exit code (2; 3 for a spend cap)."""
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -40,7 +40,7 @@ def one_line(function: Callable[..., Any]) -> Callable[..., Any]:
         except ShisaError as error:
             sys.stdout.flush()
             typer.echo(f"shisa: {error}", err=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(error.exit_code) from None
 
     return guarded
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import ShisaError, fingerprint, markdown_table, project_root, run_root
+from .config import ShisaError, SpendCapReached, fingerprint, markdown_table, project_root, run_root
 from .stage import Artifact, describe, existing, get_stage, lineage, module_of, module_sha256, run_stage
 
 # %% ../nbs/lib/11_pipeline.ipynb #ac7b7a6a
@@ -101,8 +101,8 @@ def execute_notebook(notebook: Path, target: Path, profile: str, out: str | Path
         papermill.execute_notebook(notebook, target, {"profile": profile, "out": str(out)}, cwd=notebook.parent,
                                    progress_bar=False, log_output=False, extra_arguments=["--log-level=40"])
     except PapermillExecutionError as error:
-        if error.ename == "ShisaError":
-            raise ShisaError(error.evalue) from None
+        if error.ename in ("ShisaError", "SpendCapReached"):
+            raise (SpendCapReached if error.ename == "SpendCapReached" else ShisaError)(error.evalue) from None
         raise ShisaError(f"{notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}; see {target}") from None
 
 
