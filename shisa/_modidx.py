@@ -395,7 +395,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'shisa.generate.Entry': ('generate.html#entry', 'shisa/generate.py'),
                                 'shisa.generate.Log': ('generate.html#log', 'shisa/generate.py'),
                                 'shisa.generate.Log.count': ('generate.html#log.count', 'shisa/generate.py'),
-                                'shisa.generate.Log.kept': ('generate.html#log.kept', 'shisa/generate.py'),
                                 'shisa.generate.Writer': ('generate.html#writer', 'shisa/generate.py'),
                                 'shisa.generate.Writer.__init__': ('generate.html#writer.__init__', 'shisa/generate.py'),
                                 'shisa.generate.Writer.answer': ('generate.html#writer.answer', 'shisa/generate.py'),
