@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'ANSWERS', 'ROLES', 'KNOWN_ROLES', 'TRANSCRIPT', 'Turns', 'SUFFIXES', 'TABLES', 'NAMED_LICENCE',
            'shape_of', 'text_of', 'read_messages', 'turns_of', 'source_files', 'licence_beside', 'read_set', 'Unusable',
-           'conversation', 'language']
+           'conversation', 'full_text', 'answer_length', 'language']
 
 # %% ../nbs/lib/22_shapes.ipynb #bf435c32
 import json
@@ -173,7 +173,7 @@ def read_set(source: str | Path | pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFr
     schema = {"row": pl.Int64, "turn": pl.Int64, "role": pl.String, "text": pl.String}
     return frame, pl.DataFrame(turns, schema, orient="row")
 
-# %% ../nbs/lib/22_shapes.ipynb #ab5e4128
+# %% ../nbs/lib/22_shapes.ipynb #161f76e8
 class Unusable(Exception):
     """Why a record cannot be used."""
 
@@ -192,6 +192,16 @@ def conversation(turns: Turns) -> list[dict[str, str]]:
     if fault := next((reason for reason, found in faults if found), ""):
         raise Unusable(fault)
     return [{"role": role, "content": text} for role, text in turns]
+
+
+def full_text(row: Mapping[str, Any]) -> str:
+    """All turns of a conversation {messages}, one below the other."""
+    return "\n".join(message["content"] for message in row["messages"])
+
+
+def answer_length(row: Mapping[str, Any]) -> int:
+    """Characters of the assistant's turns of a conversation {messages}."""
+    return sum(len(message["content"]) for message in row["messages"] if message["role"] == "assistant")
 
 
 def language(text: str) -> str:
