@@ -796,6 +796,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'shisa.shapes._manifest': ('lib/shapes.html#_manifest', 'shisa/shapes.py'),
                               'shisa.shapes._records': ('lib/shapes.html#_records', 'shisa/shapes.py'),
                               'shisa.shapes.answer_length': ('lib/shapes.html#answer_length', 'shisa/shapes.py'),
+                              'shisa.shapes.asked_lines': ('lib/shapes.html#asked_lines', 'shisa/shapes.py'),
                               'shisa.shapes.conversation': ('lib/shapes.html#conversation', 'shisa/shapes.py'),
                               'shisa.shapes.full_text': ('lib/shapes.html#full_text', 'shisa/shapes.py'),
                               'shisa.shapes.language': ('lib/shapes.html#language', 'shisa/shapes.py'),

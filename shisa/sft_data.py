@@ -7,7 +7,7 @@ __all__ = ['SHISA', 'SCHEMA', 'STAGE', 'rank', 'family_rows', 'task_wordings', '
            'hold_out', 'targets', 'take', 'Source', 'Config', 'config', 'Gathered', 'mixed', 'tables_of', 'run',
            'external', 'plot']
 
-# %% ../nbs/43_sft_data.ipynb #1ff820b4
+# %% ../nbs/43_sft_data.ipynb #bca6aae1
 import hashlib
 import json
 import math
@@ -31,11 +31,11 @@ from .dsir import Config as DsirConfig, count_features, gumbel, kth_largest, log
 from .evalsets import data_fingerprint, evaluation_texts
 from .sample import SAMPLE_LICENCE, data_folder, family, sample_file
 from .sets import Row, Schema, open_set, set_files
-from .shapes import answer_length, full_text
+from .shapes import answer_length, asked_lines, full_text
 from .split import contaminated, group_ids
 from .stage import Artifact, Stage, Work, need, run_stage
 from .store import AnswerStore, Spend, caps_from_environment
-from .text import normalise
+from .text import letters, normalise
 from .validate import check_reply
 
 # %% ../nbs/43_sft_data.ipynb #1c26187b
@@ -95,14 +95,14 @@ def drawn_like(rows: Sequence[Row], target: Sequence[str], share: float, seed: i
     keys = log_weights(texts, wanted - own, settings) + gumbel([row["id"] for row in rows], seed)
     return (keys >= kth_largest([keys], math.ceil(share * len(rows)))).tolist()
 
-# %% ../nbs/43_sft_data.ipynb #ac034ab2
+# %% ../nbs/43_sft_data.ipynb #0f6d47ee
 def clean(rows: Sequence[Row], against: Sequence[Mapping[str, str]], near: float = 0.7) -> tuple[list[Row], list[tuple[Row, str, str]]]:
     """Split rows, those that should stay first, into what stays, with its `group`, and (row, reason, where)."""
-    texts = [full_text(row) for row in rows]
-    kept, dropped, seen = [], [], {}
+    texts, (kept, dropped, seen) = [full_text(row) for row in rows], ([], [], {})
+    short = {text: item["id"] for item in against if 5 <= len(text := letters(item["text"])) < 13}  # too short for n-grams: whole lines
     for place, (row, evidence) in enumerate(zip(rows, contaminated(texts, against), strict=True)):
-        if evidence is not None:
-            dropped.append((row, "contaminated", evidence.item))
+        if item := evidence.item if evidence else next((short[line] for line in asked_lines(row) if line in short), ""):
+            dropped.append((row, "contaminated", item))
         elif (first := seen.setdefault(normalise(texts[place]), row["id"])) != row["id"]:
             dropped.append((row, "duplicate", first))
         else:
@@ -154,7 +154,7 @@ def take(rows: Sequence[Row], target: int, seed: int) -> list[Row]:
         number += 1
     return taken
 
-# %% ../nbs/43_sft_data.ipynb #18013365
+# %% ../nbs/43_sft_data.ipynb #5596b8d1
 class Source(BaseModel):
     """One source of the mix."""
 
@@ -177,8 +177,8 @@ class Config(StageConfig):
     """Settings of 43_sft_data."""
 
     sources: tuple[Source, ...] = identity((
-        Source(name="translated", place="41_translate", weight=0.87), Source(name="english", place="originals", weight=0.08),
-        Source(name="tasks", place="tasks", weight=0.05), Source(name="generated", place="42_generate", cap=16),
+        Source(name="translated", place="41_translate", weight=0.9), Source(name="english", place="originals", weight=0.06),
+        Source(name="tasks", place="tasks", weight=0.04), Source(name="generated", place="42_generate", cap=16),
         Source(name="family", place="family", cap=300)), "the mix; where two rows are alike the one of the earlier source stays", min_length=1)
     target: tuple[str, ...] = identity(("english",), "sources that a DSIR draw looks to")
     passes: int = identity(1, "how often a row may be taken to reach a weight", ge=1)
@@ -212,10 +212,8 @@ SHISA = (
 def config(profile: str) -> Config:
     """The settings of a profile."""
     whole = Config(evaluation="all", sources=(*Config().sources[:-1], Source(name="family", place="family", cap=450)))
-    if profile != "a100x16":
-        return Config() if profile == "tiny" else whole
     model = os.environ.get("SHISA_STRONGER_MODEL", "mistralai/Mixtral-8x7B-Instruct-v0.1")
-    return whole.change(sources=SHISA, heldout_share=0.01, passes=2, model=model, concurrency=64, **caps_from_environment())
+    return Config() if profile == "tiny" else whole if profile != "a100x16" else whole.change(sources=SHISA, heldout_share=0.01, passes=2, model=model, concurrency=64, **caps_from_environment())
 
 # %% ../nbs/43_sft_data.ipynb #162d5d66
 class Gathered:

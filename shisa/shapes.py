@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'ANSWERS', 'ROLES', 'KNOWN_ROLES', 'TRANSCRIPT', 'Turns', 'SUFFIXES', 'TABLES', 'NAMED_LICENCE',
            'shape_of', 'text_of', 'read_messages', 'turns_of', 'source_files', 'licence_beside', 'read_set', 'Unusable',
-           'conversation', 'full_text', 'answer_length', 'language']
+           'conversation', 'full_text', 'answer_length', 'asked_lines', 'language']
 
-# %% ../nbs/lib/22_shapes.ipynb #bf435c32
+# %% ../nbs/lib/22_shapes.ipynb #1b834c01
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ import orjson
 import polars as pl
 from .config import ShisaError
 from .stage import Artifact
-from .text import read_text_lines, script_shares
+from .text import letters, read_text_lines, script_shares
 
 # %% ../nbs/lib/22_shapes.ipynb #8f1bda60
 QUESTIONS = ("prompt", "question", "query", "instruction", "input", "user")
@@ -173,7 +173,7 @@ def read_set(source: str | Path | pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFr
     schema = {"row": pl.Int64, "turn": pl.Int64, "role": pl.String, "text": pl.String}
     return frame, pl.DataFrame(turns, schema, orient="row")
 
-# %% ../nbs/lib/22_shapes.ipynb #161f76e8
+# %% ../nbs/lib/22_shapes.ipynb #39645104
 class Unusable(Exception):
     """Why a record cannot be used."""
 
@@ -202,6 +202,11 @@ def full_text(row: Mapping[str, Any]) -> str:
 def answer_length(row: Mapping[str, Any]) -> int:
     """Characters of the assistant's turns of a conversation {messages}."""
     return sum(len(message["content"]) for message in row["messages"] if message["role"] == "assistant")
+
+
+def asked_lines(row: Mapping[str, Any]) -> list[str]:
+    """The letters of each line that the user wrote: what is compared with short questions of a benchmark."""
+    return [letters(line) for message in row["messages"] if message["role"] == "user" for line in message["content"].split("\n")]
 
 
 def language(text: str) -> str:

@@ -112,6 +112,13 @@ def test_the_same_rows_in_another_order_give_the_same_bytes(tiny, tmp_path, seed
     assert metrics == tiny[0]
 
 
+def test_short_items_of_a_benchmark_are_found_as_lines():
+    against = [{"id": "niilc/1", "text": "雪国の作者は？"}, {"id": "x/2", "text": "犬は？"}]
+    rows = [chat("a", "答えてください。\n雪国の作者は。", "川端康成です。"), chat("b", "雪国の作者はどんな人でしたか。", "静かな人でした。"), chat("c", "犬は？", "動物です。")]
+    kept, dropped = clean(rows, against)
+    assert [row["id"] for row in kept] == ["b", "c"] and [(row["id"], reason, where) for row, reason, where in dropped] == [("a", "contaminated", "niilc/1")]
+
+
 def test_planted_items_and_duplicates_go_and_are_told_of(tmp_path):
     item = next(row["text"] for row in evaluation_texts(None) if len(row["text"]) > 60)
     known = conversations()[0]["messages_ja"]
@@ -255,7 +262,7 @@ def test_the_card_is_read_by_the_hub_and_tells_what_a_person_must_know(tiny):
     assert front["language"] == ["ja", "en"] and front["license"] == "apache-2.0" and front["task_categories"] == ["text-generation"] and front["size_categories"] == ["n<1K"]
     assert front["configs"] == [{"config_name": "default", "data_files": [{"split": "train", "path": "train.parquet"}, {"split": "heldout", "path": "heldout.parquet"}]}]
     assert {"sft", "japanese", "translated", "synthetic"} <= {*front["tags"]}
-    for said in ("| strong | stronger | 1 | 80 | 60 | 1.50 |", "Together 1.50 USD", "no model wrote or translated those rows", "## What was left out", "- over the cap: ", "## Limits", "| english | 0.080 |"):
+    for said in ("| strong | stronger | 1 | 80 | 60 | 1.50 |", "Together 1.50 USD", "no model wrote or translated those rows", "## What was left out", "- over the cap: ", "## Limits", "| english | 0.060 |"):
         assert said in body, said
     assert all(f"- {reason}: {count}" in body for reason, count in tiny[0]["dropped"].items())
 
