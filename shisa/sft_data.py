@@ -124,7 +124,7 @@ def clean(rows: Sequence[Row], against: Sequence[Mapping[str, str]], near: float
     stays = [{**rows[place], "group": names[groups[number]]} for number, place in enumerate(kept) if number not in gone]
     return stays, dropped
 
-# %% ../nbs/43_sft_data.ipynb #f996d788
+# %% ../nbs/43_sft_data.ipynb #68142e5e
 def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """(train, held out) by the rank of each row's group; at least one group is held out when the share is above zero."""
     places = {row["group"]: rank(f"{row['group']}|held out", seed) for row in rows}
@@ -132,13 +132,14 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
     return [row for row in rows if places[row["group"]] >= limit], [row for row in rows if places[row["group"]] < limit]
 
 
-def targets(available: Mapping[str, int], weights: Mapping[str, float], passes: int, most: int = 0) -> dict[str, int]:
-    """Characters to take of each source, so that their shares are the weights; at most `most` together (0: no limit)."""
+def targets(available: Mapping[str, int], weights: Mapping[str, float], passes: int, most: int = 0, short: bool = False) -> dict[str, int]:
+    """Characters to take of each source by its weight, at most `most` (0: no limit); `short`: `most` is the aim, a scarce source gives what it can."""
     if empty := [name for name in weights if not available.get(name)]:
         raise ShisaError(f"43_sft_data: source {empty[0]} has no rows, so its weight cannot be met; set it to 0 or find out why (rejects.parquet)")
     whole = sum(weights.values())
     size = min((passes * available[name] * whole / weight for name, weight in weights.items()), default=0)
-    return {name: round((min(size, most) if most else size) * weight / whole) for name, weight in weights.items()}
+    size = most if short and most else min(size, most) if most else size
+    return {name: round(min(size * weight / whole, passes * available[name])) for name, weight in weights.items()}
 
 
 def take(rows: Sequence[Row], target: int, seed: int) -> list[Row]:
@@ -154,7 +155,7 @@ def take(rows: Sequence[Row], target: int, seed: int) -> list[Row]:
         number += 1
     return taken
 
-# %% ../nbs/43_sft_data.ipynb #5596b8d1
+# %% ../nbs/43_sft_data.ipynb #826d7a38
 class Source(BaseModel):
     """One source of the mix."""
 
@@ -183,6 +184,7 @@ class Config(StageConfig):
     target: tuple[str, ...] = identity(("english",), "sources that a DSIR draw looks to")
     passes: int = identity(1, "how often a row may be taken to reach a weight", ge=1)
     characters: int = identity(0, "most characters of answers in the weighted part; 0: what weights and passes allow", ge=0)
+    scarce: Literal["shrink", "short"] = identity("shrink", "a source too short for its weight: all shrink with it, or its share is less than asked")
     task_characters: int = identity(160, "longest turn that becomes a translation task", ge=1)
     near: float = identity(0.7, "Jaccard similarity from which only one of two conversations is kept", gt=0, le=1)
     seed: int = identity(0, "seed of every rank and draw")
@@ -213,7 +215,8 @@ def config(profile: str) -> Config:
     """The settings of a profile."""
     whole = Config(evaluation="all", sources=(*Config().sources[:-1], Source(name="family", place="family", cap=450)))
     model = os.environ.get("SHISA_STRONGER_MODEL", "mistralai/Mixtral-8x7B-Instruct-v0.1")
-    return Config() if profile == "tiny" else whole if profile != "a100x16" else whole.change(sources=SHISA, heldout_share=0.01, passes=2, model=model, concurrency=64, **caps_from_environment())
+    return Config() if profile == "tiny" else whole if profile != "a100x16" else whole.change(
+        sources=SHISA, heldout_share=0.01, passes=2, characters=150_000_000, scarce="short", model=model, concurrency=64, **caps_from_environment())
 
 # %% ../nbs/43_sft_data.ipynb #162d5d66
 class Gathered:
@@ -300,16 +303,15 @@ class Gathered:
         self.leave(others, "of no source in the mix")
         return self
 
-# %% ../nbs/43_sft_data.ipynb #96b9bc32
+# %% ../nbs/43_sft_data.ipynb #1403f4d1
 SCHEMA = {**dict.fromkeys(("id", "source", "licence", "origin", "kind", "lang"), pl.String), "messages": pl.List(pl.Struct({"role": pl.String, "content": pl.String}))}
 
 
 def mixed(rows: Mapping[str, Sequence[Row]], config: Config, passes: int) -> tuple[list[Row], dict[str, dict[str, float]]]:
-    """(rows in the order of their ranks, shares asked and given by weighted source) of the rows of each source; passes 0: as for what
-    is held out, where a source may lack rows, none is repeated and the shares hold as far as whole rows allow."""
+    """(rows by rank, shares asked and given) of each source's rows; passes 0: of what is held out, where a source may lack rows, but gives one if it can."""
     sizes = {name: sum(map(answer_length, own)) for name, own in rows.items()}
     weights = {source.name: source.weight for source in config.sources if source.weight and (passes or sizes[source.name])}
-    wanted = targets(sizes, weights, max(passes, 1), config.characters if passes else 0)
+    wanted = targets(sizes, weights, max(passes, 1), config.characters if passes else 0, config.scarce == "short")
     taken = {name: take(own, wanted[name], config.seed) if name in wanted else list(own) for name, own in rows.items()}
     taken = taken if passes else {name: own or list(rows[name][:1]) for name, own in taken.items()}
     given = {name: sum(map(answer_length, taken[name])) for name in wanted}

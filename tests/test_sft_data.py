@@ -163,6 +163,14 @@ def test_a_source_without_rows_cannot_have_a_weight():
     assert targets({"a": 5}, {}, 1) == {}
 
 
+@given(st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 10_000), st.floats(0.05, 1)), min_size=1), st.integers(1, 3), st.integers(1, 20_000))
+def test_a_scarce_source_gives_what_it_can_and_the_others_keep_their_part(sources, passes, aimed):
+    sizes, weights = ({name: pair[place] for name, pair in sources.items()} for place in (0, 1))
+    wanted = targets(sizes, weights, passes, aimed, short=True)
+    for name, size in wanted.items():
+        assert size == pytest.approx(min(passes * sizes[name], aimed * weights[name] / sum(weights.values())), abs=1)
+
+
 def test_the_shares_that_were_asked_are_given(tmp_path):
     sources = (Source(name="translated", place="41_translate", weight=0.6), Source(name="english", place="originals", weight=0.3), Source(name="tasks", place="tasks", weight=0.1),
                Source(name="generated", place="42_generate"))
