@@ -206,10 +206,11 @@ def test_family_shows_every_word_and_form_in_training(seed, cap):
 
 def test_tasks_are_made_of_accepted_turns_alone():
     chats = {"c": chat("c", "質問", "答え", source="slimorca", licence="MIT")}
-    turns = [{"id": "c", "turn": 0, "source": "A {text} and a question?", "translation": "{text}と質問？"}, {"id": "c", "turn": 1, "source": "An answer.", "translation": ""},
-             {"id": "gone", "turn": 0, "source": "Lost.", "translation": "失われた。"}, {"id": "c", "turn": 2, "source": "Long. " * 50, "translation": "長い。" * 50}]
+    turns = [{"id": "c", "turn": n, "source": source, "translation": translation, "status": status} for n, (source, translation, status) in enumerate((
+        ("A {text} and a question?", "{text}と質問？", "translated"), ("An answer.", "", "skipped"), ("Long. " * 50, "長い。" * 50, "translated"),
+        ("https://example.com", "https://example.com", "translated"), ("Half.", "半", "failed")))] + [{"id": "gone", "turn": 0, "source": "Lost.", "translation": "失われた。", "status": "translated"}]
     tasks, dropped = translation_tasks(turns, chats, 100, 0)
-    assert len(tasks) == 1 and dropped == {"turn without a kept conversation": 2, "turn too long for a task": 1}
+    assert len(tasks) == 1 and dropped == {"turn without an accepted translation": 4, "turn too long for a task": 1}
     row = tasks[0]
     assert (row["source"], row["licence"], row["parent"], row["origin"]) == ("slimorca", "MIT", "c", "task")
     asked, answer = (message["content"] for message in row["messages"])
