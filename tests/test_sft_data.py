@@ -276,6 +276,13 @@ def test_the_card_is_read_by_the_hub_and_tells_what_a_person_must_know(tiny):
     assert all(f"- {reason}: {count}" in body for reason, count in tiny[0]["dropped"].items())
 
 
+def test_the_artifact_loads_as_a_data_set_of_the_hub(tiny, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    found = datasets.load_dataset(str(tiny[2]), cache_dir=str(tmp_path))
+    assert {name: part.num_rows for name, part in found.items()} == tiny[0]["rows"]
+    assert {*found["train"].column_names} == {*sft_data.SCHEMA} and found["train"][0]["messages"][-1]["role"] == "assistant"
+
+
 def test_the_card_of_a_mix_of_licences(tiny, tmp_path):
     frame = pl.read_parquet(tiny[2] / "train.parquet")
     mixed = frame.with_columns(licence=pl.when(pl.col("origin") == "task").then(pl.lit("CC BY-SA 3.0")).otherwise("licence"))
