@@ -33,7 +33,7 @@ from .stage import Artifact, Stage, Work, run_stage, write_shard
 from .store import Answer, AnswerStore, Bill, Spend, caps_from_environment, cost
 from .validate import check_reply
 
-# %% ../nbs/42_generate.ipynb #65c6c163
+# %% ../nbs/42_generate.ipynb #6065e059
 CATEGORIES: dict[str, str] = {
     "brainstorm": "アイデア出し", "advice": "相談", "explain": "説明", "code": "プログラミング", "math": "計算", "mail": "仕事の文章と敬語",
     "summarise": "要約", "extract": "抜き出し", "classify": "分類", "rewrite": "書き換え", "roleplay": "役になりきる", "plan": "計画",
@@ -45,6 +45,8 @@ CATEGORIES: dict[str, str] = {
 def prompt(name: str) -> str:
     """A reviewed prompt: common (rules), form (the request), reply, or the name of a category."""
     path = Path(str(files("shisa"))) / "data" / "prompts" / "generate" / f"{name}.txt"
+    if not path.is_file():
+        raise ShisaError(f"42_generate: there is no prompt for {name}; categories: {', '.join(CATEGORIES)}")
     return path.read_text(encoding="utf-8").strip()
 
 
@@ -123,7 +125,7 @@ def config(profile: str) -> Config:
     return Config(writer="openai", first=first, stronger=stronger, wanted=500, batch_size=10, patience=3.0, evaluation="all", stronger_attempts=2,
                   licence=f"output of {first}, {stronger}", spoilt=0, slow=0, error=0, concurrency=64, timeout_seconds=180, **caps)
 
-# %% ../nbs/42_generate.ipynb #df976d47
+# %% ../nbs/42_generate.ipynb #9d00fdec
 @dataclass
 class Entry:
     """One instruction, as a row of instructions.parquet; `reason` says why it is not kept."""
@@ -263,6 +265,7 @@ class Writer:
                 self.work.reject(f"{entry.id}#{at + 1}", f"reply: {refusal.reason}", answer.text, f"{model}, seed {seed}; {refusal.evidence}")
         if not entry.reply:
             entry.status, entry.reason, entry.evidence = "unanswered", "unanswered", tries[-1][3].reason
+            self.work.reject(entry.id, "unanswered", entry.instruction, entry.evidence)
 
     async def fill(self) -> Log:
         """Rounds of lists and replies until every category is full."""
@@ -278,7 +281,7 @@ class Writer:
                     self.work.progress(f"instructions answered ({self.client.progress.line()})", self.log.kept().total(), total)
         return self.log
 
-# %% ../nbs/42_generate.ipynb #f41e524f
+# %% ../nbs/42_generate.ipynb #ce8b49a8
 @contextmanager
 def open_endpoints(config: Config) -> Iterator[dict[str, list[Endpoint]]]:
     """{model: its endpoints} of the configured writer; the bundled server lives as long as the context."""
@@ -334,8 +337,6 @@ def summary_of(log: Log, config: Config, prices: Callable[[str], tuple[float, fl
 
 def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, Any]:
     """Have instructions written and answered; returns counts by category, reason and model."""
-    if unknown := set(config.categories) - set(CATEGORIES):
-        raise ShisaError(f"42_generate: unknown categories {', '.join(sorted(unknown))}; there are {', '.join(CATEGORIES)}")
     index = SimilarityIndex()
     for id, text in existing_texts(data_folder() if config.evaluation == "all" else None):
         index.add(id, text)
