@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 from .client import Endpoint, endpoints_from_environment
 from .config import markdown_table
 from .sample import conversations, evaluation, instructions, preferences
-from .validate import FAULTS, spoil
+from .faults import FAULTS, spoil
 
 # %% ../nbs/lib/22_bundled.ipynb #0f2b1700
 BUNDLED, BUNDLED_STRONGER = "shisa-bundled", "shisa-bundled-stronger"
