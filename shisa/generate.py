@@ -7,7 +7,7 @@ __all__ = ['CATEGORIES', 'STAGE', 'prompt', 'topics', 'draw_topics', 'list_messa
            'Entry', 'Log', 'next_round', 'judge', 'Writer', 'open_endpoints', 'bill', 'write_tables', 'summary_of',
            'run', 'external', 'plot']
 
-# %% ../nbs/42_generate.ipynb #fe2583cd
+# %% ../nbs/42_generate.ipynb #5f5c8448
 import asyncio
 import os
 import random
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
-from .bundled import BUNDLED, BUNDLED_STRONGER, Rates, bundled_server
+from .bundled import BUNDLED, BUNDLED_STRONGER, Rates, bundled_server, replies
 from .client import Client, Endpoint, endpoints_from_environment, map_bounded
 from .config import ShisaError, StageConfig, file_sha256, fingerprint, identity, markdown_table, placement, run_root
 from .evalsets import data_fingerprint, evaluation_texts
@@ -281,7 +281,7 @@ class Writer:
                     self.work.progress(f"instructions answered ({self.client.progress.line()})", self.log.kept().total(), total)
         return self.log
 
-# %% ../nbs/42_generate.ipynb #ce8b49a8
+# %% ../nbs/42_generate.ipynb #90e2af39
 @contextmanager
 def open_endpoints(config: Config) -> Iterator[dict[str, list[Endpoint]]]:
     """{model: its endpoints} of the configured writer; the bundled server lives as long as the context."""
@@ -332,7 +332,9 @@ def summary_of(log: Log, config: Config, prices: Callable[[str], tuple[float, fl
               for (model, role), used in sorted(log.used.items())]
     return {"categories": by_category, "refused": dict(sorted(Counter(e.reason for e in log.entries if e.reason).items())),
             "lists_refused": dict(sorted(log.lists.items())), "replies_refused": dict(sorted(log.replies.items())),
-            "answered_at": dict(sorted(tries.items())), "likeness": bins, "models": models}
+            "answered_at": dict(sorted(tries.items())), "likeness": bins, "models": models,
+            "differs_from_sample": sum(e.reply != replies()[e.instruction] for e in log.entries if e.status == "kept")
+            if config.writer == "bundled" else None}
 
 
 def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, Any]:
