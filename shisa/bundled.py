@@ -7,11 +7,7 @@ __all__ = ['BUNDLED', 'BUNDLED_STRONGER', 'MARKED', 'RARE', 'PLANTED', 'REPLY_FA
            'bundled_texts', 'translations', 'rewordings', 'replies', 'Rates', 'Said', 'bundled_answer', 'reply_answer',
            'instruction_list', 'find_answer', 'count_tokens', 'bundled_server', 'open_endpoints']
 
-<<<<<<< HEAD
 # %% ../nbs/lib/22_bundled.ipynb #1f5a6145
-=======
-# %% ../nbs/lib/22_bundled.ipynb #00c0bd14
->>>>>>> generate
 import asyncio
 import hashlib
 import random
