@@ -243,7 +243,7 @@ class Writer:
         """Write down how an instruction was answered."""
         entry.attempts = len(tries)
         for at, (model, seed, answer, refusal) in enumerate(tries):
-            self.log.count(model, "first" if at < self.config.attempts else "stronger", answer)
+            count_answer(self.log.used, model, "first" if at < self.config.attempts else "stronger", answer)
             if refusal is None:
                 entry.reply, entry.reply_model = answer.text.strip(), model
             else:
