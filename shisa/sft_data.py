@@ -62,7 +62,7 @@ def family_rows(seed: int, heldout_share: float, cap: int) -> tuple[list[Row], l
     train.sort(key=lambda item: (item[0], rank(item[1]["id"], seed)))
     return [row for _, row in train[:cap]], heldout, max(len(train) - cap, 0)
 
-# %% ../nbs/43_sft_data.ipynb #2fdeae7e
+# %% ../nbs/43_sft_data.ipynb #040a04b6
 @cache
 def task_wordings() -> dict[str, list[str]]:
     """How a translation is asked for: {en_ja: […], ja_en: […]}."""
@@ -74,11 +74,11 @@ def translation_tasks(turns: Iterable[Row], chats: Mapping[str, Row], longest: i
     found, dropped, wordings = [], Counter(), task_wordings()
     for turn in turns:
         chat, source, translation = chats.get(turn["id"]), turn["source"], turn["translation"]
-        accepted = chat is not None and turn["status"] not in ("failed", "skipped") and normalise(translation) not in ("", normalise(source))
+        accepted = chat is not None and turn["status"] in ("translated", "stronger") and normalise(translation) not in ("", normalise(source))
         if reason := "turn too long for a task" if accepted and len(source) > longest else "" if accepted else "turn without an accepted translation":
             dropped[reason] += 1
             continue
-        id = f"task/{turn['id']}#{turn['turn']}"
+        id = f"task/{turn['id']}#{turn['turn']}" + (f".{turn['part']}" if turn.get("part") else "")  # a long turn has parts
         lang, asked, answer = ("ja", source, translation) if rank(f"{id}|direction", seed) < 0.5 else ("en", translation, source)
         options = wordings["en_ja" if lang == "ja" else "ja_en"]
         question = options[int(rank(f"{id}|wording", seed) * len(options))].replace("{text}", asked)
@@ -155,7 +155,7 @@ def take(rows: Sequence[Row], target: int, seed: int) -> list[Row]:
         number += 1
     return taken
 
-# %% ../nbs/43_sft_data.ipynb #826d7a38
+# %% ../nbs/43_sft_data.ipynb #c657c955
 class Source(BaseModel):
     """One source of the mix."""
 
@@ -200,7 +200,7 @@ class Config(StageConfig):
 
 
 SHISA = (
-    Source(name="airoboros", place="41_translate", only="airoboros_3.1", weight=0.20), Source(name="slimorca", place="41_translate", only="slimorca", weight=0.10),
+    Source(name="airoboros", place="41_translate", only="airoboros-3.1", weight=0.20), Source(name="slimorca", place="41_translate", only="slimorca", weight=0.10),
     Source(name="ultrafeedback", place="41_translate", only="ultrafeedback", weight=0.08), Source(name="generated", place="42_generate", weight=0.12),
     Source(name="english", place="originals", weight=0.18),
     Source(name="slimorca-en", place="Open-Orca/SlimOrca", select="dsir", share=0.1, weight=0.09),
