@@ -35,12 +35,11 @@ def front_matter(rows: pl.DataFrame) -> dict[str, Any]:
         "configs": [{"config_name": "default", "data_files": splits}], "tags": tags,
     }
 
-# %% ../nbs/lib/25_card.ipynb #53cce207
+# %% ../nbs/lib/25_card.ipynb #da872591
 ORIGINS = ("`translated`, `restored` and `stronger` are machine translations; in `backfilled` ones a model wrote a reply that could not be "
            "translated, `shortened` ones end before such a turn. `original` and `published` rows are as they were; `generated` and `regenerated` "
            "answers are a model's; `task` asks for a translation; `template` rows (family) are made from templates and are no natural dialogue.")
-NO_MODEL = ("Models called `shisa-bundled…` are a local server over text written by hand for the bundled sample: no model wrote or translated "
-           "those rows.")
+NO_MODEL = "Models called `shisa-bundled…` are a local server that gives out text of shisa's bundled sample (see its card): it runs no model."
 LIMITS = ("Translations passed checks on form (completeness, language, numbers, code, addresses). Nothing checks whether they are good, and "
           "facts in them were not verified. Answers of models may fall under the terms of those who offer the models.")
 

@@ -155,7 +155,7 @@ def take(rows: Sequence[Row], target: int, seed: int) -> list[Row]:
         number += 1
     return taken
 
-# %% ../nbs/43_sft_data.ipynb #c657c955
+# %% ../nbs/43_sft_data.ipynb #6c85dcc0
 class Source(BaseModel):
     """One source of the mix."""
 
@@ -179,7 +179,7 @@ class Config(StageConfig):
 
     sources: tuple[Source, ...] = identity((
         Source(name="translated", place="41_translate", weight=0.9), Source(name="english", place="originals", weight=0.06),
-        Source(name="tasks", place="tasks", weight=0.04), Source(name="generated", place="42_generate", cap=16),
+        Source(name="tasks", place="tasks", weight=0.04), Source(name="generated", place="42_generate", cap=12),
         Source(name="family", place="family", cap=300)), "the mix; where two rows are alike the one of the earlier source stays", min_length=1)
     target: tuple[str, ...] = identity(("english",), "sources that a DSIR draw looks to")
     passes: int = identity(1, "how often a row may be taken to reach a weight", ge=1)

@@ -273,7 +273,7 @@ def test_the_card_is_read_by_the_hub_and_tells_what_a_person_must_know(tiny):
     assert front["language"] == ["ja", "en"] and front["license"] == "apache-2.0" and front["task_categories"] == ["text-generation"] and front["size_categories"] == ["n<1K"]
     assert front["configs"] == [{"config_name": "default", "data_files": [{"split": "train", "path": "train.parquet"}, {"split": "heldout", "path": "heldout.parquet"}]}]
     assert {"sft", "japanese", "translated", "synthetic"} <= {*front["tags"]}
-    for said in ("| strong | stronger | 1 | 80 | 60 | 1.50 |", "Together 1.50 USD", "no model wrote or translated those rows", "## What was left out", "- over the cap: ", "## Limits", "| english | 0.060 |"):
+    for said in ("| strong | stronger | 1 | 80 | 60 | 1.50 |", "Together 1.50 USD", "it runs no model", "## What was left out", "- over the cap: ", "## Limits", "| english | 0.060 |"):
         assert said in body, said
     assert all(f"- {reason}: {count}" in body for reason, count in tiny[0]["dropped"].items())
 
