@@ -108,7 +108,7 @@ class Progress:
         parts.append(f"{self.usd:.4f} USD" + (f" of about {self.projected:.4f}" if self.total else ""))
         return "; ".join(parts)
 
-# %% ../nbs/lib/21_client.ipynb #fb2aa455
+# %% ../nbs/lib/21_client.ipynb #21a9184f
 class _Sending:
     """A request that may come to be paid: it fits under the cap, is noted in the store, and taken back where no work was done for it."""
 
@@ -166,6 +166,8 @@ class Client:
         self.max_tokens, self.backoff_seconds = max_tokens, backoff_seconds
         known = {endpoint: Line(endpoint.check()) for some in endpoints.values() for endpoint in some}
         self.lines = {model: [known[endpoint] for endpoint in some] for model, some in endpoints.items()}
+        self.gone: dict[str, list[str]] = {model: [] for model in self.lines}  # why endpoints were set aside
+        self.free = {model for model, some in endpoints.items() if all(endpoint.local for endpoint in some)}
         self.turns = dict.fromkeys(self.lines, 0)
         self.slots = asyncio.Semaphore(concurrency)
         self.flying: dict[str, list] = {}  # key: the task that asks, and how many wait for it
@@ -198,8 +200,7 @@ class Client:
         if model not in self.prices:
             if model not in self.lines:
                 raise ShisaError(f"no endpoint is named for model {model}; known: {', '.join(self.lines) or 'none'}")
-            free = (0.0, 0.0) if all(line.endpoint.local for line in self.lines[model]) else None
-            self.prices[model] = stated_price(model) or free or price(model)
+            self.prices[model] = stated_price(model) or ((0.0, 0.0) if model in self.free else price(model))
         if self.prices[model] is None and self.spend.cap_usd:
             raise ShisaError(f'the price of {model} is unknown, so no cap in USD can hold; state it (USD per million tokens, input/output): '
                              f'SHISA_PRICE="{model}=…/…" (shisa/data/prices.toml has the known ones), or use SHISA_CAP_TOKENS instead')
@@ -214,28 +215,29 @@ class Client:
             try:
                 async with self._session(line.endpoint.local).get(line.models, headers=headers, timeout=patience, allow_redirects=False) as reply:
                     if reply.status in (401, 402, 403):  # a server without a list of models is fine
-                        self._set_aside(line, line.refusal(reply.status, b""))
+                        self._set_aside(line, line.refusal(reply.status, b"", ""))
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
                 self._set_aside(line, line.unreachable())
 
         for model in self.lines:
             self.price(model)
-        every = {id(line): line for lines in self.lines.values() for line in lines}
-        await asyncio.gather(*map(look, every.values()))
+        await asyncio.gather(*map(look, {line for lines in self.lines.values() for line in lines}))
         for model in self.lines:
             self._alive(model)
 
-    def _set_aside(self, line: Line, why: str) -> None:
-        others = any(not other.dead for lines in self.lines.values() if line in lines for other in lines if other is not line)
-        if not line.dead and others:
+    def _set_aside(self, line: Line, why: str, models: Iterable[str] = ()) -> None:
+        """Ask an endpoint no more, for these models or all; aloud, unless the run ends of it."""
+        mine = [model for model in models or self.lines if line in self.lines[model]]
+        for model in mine:
+            self.lines[model].remove(line)
+            self.gone[model].append(why)
+        if mine and all(self.lines[model] for model in mine):
             self.say(f"set aside: {why}")
-        line.dead = line.dead or why
 
     def _alive(self, model: str) -> list[Line]:
-        alive = [line for line in self.lines[model] if not line.dead]
-        if not alive:
-            raise ShisaError("; ".join(dict.fromkeys(line.dead for line in self.lines[model])) or f"no endpoint is named for model {model}")
-        return alive
+        if not self.lines[model]:
+            raise ShisaError("; ".join(dict.fromkeys(self.gone[model])) or f"no endpoint is named for model {model}")
+        return self.lines[model]
 
     async def _next_line(self, model: str, key: str, tries: int) -> Line:
         """The endpoint whose turn it is; waits while all of them are held back."""
@@ -262,7 +264,7 @@ class Client:
                 line = await self._next_line(model, key, tries)
                 line.depart(clock())
                 patience = (3 if slow else 1) * self.timeout_seconds
-                outcome = await post(self._session(line.endpoint.local), line, body, key, patience, prompt)
+                outcome = await post(self._session(line.endpoint.local), line, body, key, patience, model, prompt)
                 if outcome.kind == "answer":
                     line.good(clock())
                     answer = outcome.answer
@@ -281,9 +283,8 @@ class Client:
 
     def _lost(self, outcome: Outcome, line: Line, model: str, pause: float) -> bool:
         """Hold the endpoint back or set it aside as the outcome says; whether it is lost (it refuses for good, or is not there and others are)."""
-        others = any(not other.dead for other in self.lines[model] if other is not line)
-        if outcome.kind == "dead" or outcome.kind == "unreachable" and others:
-            self._set_aside(line, outcome.why or line.unreachable())
+        if outcome.kind == "dead" or outcome.kind == "unreachable" and any(other is not line for other in self.lines[model]):
+            self._set_aside(line, outcome.why or line.unreachable(), [model] if outcome.status in (404, 405) else self.lines)
             return True
         if outcome.kind == "busy":
             line.hold(asyncio.get_running_loop().time(), pause if outcome.wait is None else outcome.wait, outcome.status == 429)
@@ -300,8 +301,8 @@ class Client:
             return Answer("", "endpoint_error")
         if outcome.kind == "unreachable":
             self._set_aside(line, line.unreachable())
-            raise ShisaError(line.dead)
-        if outcome.kind == "broken":
+            raise ShisaError(line.unreachable())
+        if not outcome.status:
             raise ShisaError(f"{line.endpoint.shown} stopped answering; run again to go on from what was answered")
         raise ShisaError(f"{line.endpoint.shown} keeps answering {outcome.status}; run again later to go on from what was answered")
 
