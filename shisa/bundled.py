@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BUNDLED', 'BUNDLED_STRONGER', 'MARKED', 'RARE', 'PLANTED', 'REPLY_FAULTS', 'REFUSALS', 'ASKED', 'STRAY', 'marked',
            'bundled_texts', 'translations', 'rewordings', 'replies', 'Rates', 'Said', 'bundled_answer', 'reply_answer',
-           'instruction_list', 'find_answer', 'count_tokens', 'bundled_server']
+           'instruction_list', 'find_answer', 'count_tokens', 'bundled_server', 'open_endpoints']
 
-# %% ../nbs/lib/22_bundled.ipynb #00c0bd14
+# %% ../nbs/lib/22_bundled.ipynb #1f5a6145
 import asyncio
 import hashlib
 import random
@@ -17,8 +17,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from .client import Endpoint, endpoints_from_environment
 from .config import markdown_table
 from .sample import conversations, evaluation, instructions, preferences
 from .faults import FAULTS, spoil
@@ -28,10 +29,10 @@ BUNDLED, BUNDLED_STRONGER = "shisa-bundled", "shisa-bundled-stronger"
 MARKED = re.compile(r"<<<TEXT ([0-9a-f]{12})\n(.*)\nTEXT \1>>>\s*\Z", re.DOTALL)
 
 
-def marked(text: str) -> str:
-    """A text between its two marker lines, as `MARKED` finds it at the end of a request."""
-    mark = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return f"<<<TEXT {mark}\n{text}\nTEXT {mark}>>>"
+def marked(text: str, kind: str = "TEXT") -> str:
+    """A text between two marker lines that carry its own hash, so that nothing in it can end it; `MARKED` finds one at the end."""
+    mark = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
+    return f"<<<{kind} {mark}\n{text}\n{kind} {mark}>>>"
 
 
 def bundled_texts() -> dict[str, str]:
@@ -248,3 +249,14 @@ def bundled_server(rates: Rates) -> Iterator[str]:
     finally:
         told["loop"].call_soon_threadsafe(told["stop"].set)
         thread.join()
+
+# %% ../nbs/lib/22_bundled.ipynb #d786f394
+@contextmanager
+def open_endpoints(kind: Literal["bundled", "openai"], first: str, stronger: str, rates: Rates) -> Iterator[dict[str, list[Endpoint]]]:
+    """{model: the endpoints that serve it}, of this server (it lives as long as the context) or of the environment."""
+    if kind == "bundled":
+        with bundled_server(rates) as url:
+            yield {model: [Endpoint(url)] for model in (first, stronger)}
+        return
+    found = {first: endpoints_from_environment("first")}
+    yield found | {stronger: list(dict.fromkeys([*found.get(stronger, []), *endpoints_from_environment("stronger")]))}
