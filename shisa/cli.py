@@ -158,6 +158,16 @@ def extend(texts: Annotated[list[Path], typer.Argument(help="Japanese text in UT
     print(f"written: {out}, {len(extended.pieces):,} pieces")
 
 # %% ../nbs/lib/14_cli.ipynb #44c9453b
+def _bill_text(bill: Any) -> str:
+    """A bill as a line a model and a line for all of it."""
+    def money(usd: float | None) -> str:
+        return "a price that is not known (SHISA_PRICE states one)" if usd is None else f"{usd:.4f} USD"
+
+    lines = [f"{row['model']}: {row['requests']:,} requests, {row['answered']:,} of them answered already; about {row['prompt_tokens']:,} tokens to read "
+             f"and {row['completion_tokens']:,} to write: {money(row['usd'])}, at most {money(row['at_most_usd'])}" for row in bill.rows]
+    return "\n".join([*lines, f"first requests in all: {money(bill.usd)}; answers that are refused are asked for again, on top"])
+
+
 @app.command()
 @one_line
 def translate(source: Annotated[str, typer.Argument(help="file, folder or Hub id of a training set; none: the sets of the profile")] = "",
@@ -178,7 +188,7 @@ def translate(source: Annotated[str, typer.Argument(help="file, folder or Hub id
         raise ShisaError("name a folder for the translations with --out; answers that it holds are not paid again")
     chosen, root = own_config(profile, source, schema, direction, limit, licence, cap_usd, cap_tokens), run_root(profile, out)
     if dry_run:
-        return print(bill(chosen, root).text())
+        return print(_bill_text(bill(chosen, root)))
     with Watch(root, "41_translate", "", _say):
         artifact = run_stage("41_translate", profile, root, config=chosen)
     print(f"{artifact.counts['kept']} of {artifact.counts['in']} conversations: {_shown(artifact.path)}")

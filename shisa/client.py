@@ -379,9 +379,10 @@ Used = dict[tuple[str, str], Counter[str]]  # (model, role): answers, prompt_tok
 
 
 def count_answer(used: Used, model: str, role: str, answer: Answer) -> None:
-    """Add an answer to what was used."""
-    tokens = {"answers": 1, "prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
-    used.setdefault((model, role), Counter()).update(tokens)
+    """Add an answer to what was used; one that never came cost nothing that is known."""
+    if answer.finish not in ("timeout", "endpoint_error"):
+        tokens = {"answers": 1, "prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
+        used.setdefault((model, role), Counter()).update(tokens)
 
 
 def bill_rows(used: Used, prices: Callable[[str], tuple[float, float] | None]) -> list[dict[str, Any]]:

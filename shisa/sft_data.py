@@ -61,7 +61,7 @@ def family_rows(seed: int, heldout_share: float, cap: int) -> tuple[list[Row], l
     train.sort(key=lambda item: (item[0], rank(item[1]["id"], seed)))
     return [row for _, row in train[:cap]], heldout, max(len(train) - cap, 0)
 
-# %% ../nbs/43_sft_data.ipynb #2fdeae7e
+# %% ../nbs/43_sft_data.ipynb #040a04b6
 @cache
 def task_wordings() -> dict[str, list[str]]:
     """How a translation is asked for: {en_ja: […], ja_en: […]}."""
@@ -73,11 +73,11 @@ def translation_tasks(turns: Iterable[Row], chats: Mapping[str, Row], longest: i
     found, dropped, wordings = [], Counter(), task_wordings()
     for turn in turns:
         chat, source, translation = chats.get(turn["id"]), turn["source"], turn["translation"]
-        accepted = chat is not None and turn["status"] not in ("failed", "skipped") and normalise(translation) not in ("", normalise(source))
+        accepted = chat is not None and turn["status"] in ("translated", "stronger") and normalise(translation) not in ("", normalise(source))
         if reason := "turn too long for a task" if accepted and len(source) > longest else "" if accepted else "turn without an accepted translation":
             dropped[reason] += 1
             continue
-        id = f"task/{turn['id']}#{turn['turn']}"
+        id = f"task/{turn['id']}#{turn['turn']}" + (f".{turn['part']}" if turn.get("part") else "")  # a long turn has parts
         lang, asked, answer = ("ja", source, translation) if rank(f"{id}|direction", seed) < 0.5 else ("en", translation, source)
         options = wordings["en_ja" if lang == "ja" else "ja_en"]
         question = options[int(rank(f"{id}|wording", seed) * len(options))].replace("{text}", asked)
@@ -146,7 +146,7 @@ def take(rows: Sequence[Row], target: int, seed: int) -> list[Row]:
         number += 1
     return taken
 
-# %% ../nbs/43_sft_data.ipynb #826d7a38
+# %% ../nbs/43_sft_data.ipynb #6c85dcc0
 class Source(BaseModel):
     """One source of the mix."""
 
@@ -170,7 +170,7 @@ class Config(StageConfig):
 
     sources: tuple[Source, ...] = identity((
         Source(name="translated", place="41_translate", weight=0.9), Source(name="english", place="originals", weight=0.06),
-        Source(name="tasks", place="tasks", weight=0.04), Source(name="generated", place="42_generate", cap=16),
+        Source(name="tasks", place="tasks", weight=0.04), Source(name="generated", place="42_generate", cap=12),
         Source(name="family", place="family", cap=300)), "the mix; where two rows are alike the one of the earlier source stays", min_length=1)
     target: tuple[str, ...] = identity(("english",), "sources that a DSIR draw looks to")
     passes: int = identity(1, "how often a row may be taken to reach a weight", ge=1)
@@ -191,7 +191,7 @@ class Config(StageConfig):
 
 
 SHISA = (
-    Source(name="airoboros", place="41_translate", only="airoboros_3.1", weight=0.20), Source(name="slimorca", place="41_translate", only="slimorca", weight=0.10),
+    Source(name="airoboros", place="41_translate", only="airoboros-3.1", weight=0.20), Source(name="slimorca", place="41_translate", only="slimorca", weight=0.10),
     Source(name="ultrafeedback", place="41_translate", only="ultrafeedback", weight=0.08), Source(name="generated", place="42_generate", weight=0.12),
     Source(name="english", place="originals", weight=0.18),
     Source(name="slimorca-en", place="Open-Orca/SlimOrca", select="dsir", share=0.1, weight=0.09),
@@ -294,7 +294,7 @@ class Gathered:
         self.leave(others, "of no source in the mix")
         return self
 
-# %% ../nbs/43_sft_data.ipynb #355f3048
+# %% ../nbs/43_sft_data.ipynb #15a00178
 SCHEMA = {**dict.fromkeys(("id", "source", "licence", "origin", "kind", "lang"), pl.String), "messages": pl.List(pl.Struct({"role": pl.String, "content": pl.String}))}
 
 
@@ -343,17 +343,17 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
     frames, told = tables_of(gathered.rows, config, against, gathered)
     for name, frame in frames.items():
         frame.write_parquet(work.path / f"{name}.parquet")
-    dropped = {reason: count for reason, count in sorted(gathered.dropped.items()) if count}
     models = [model for artifact in inputs.values() for model in artifact.metrics.get("models") or []]
-    facts = {**told, "models": models + gathered.models, "dropped": dropped, "evaluation_texts": len(against), "sources": gathered.about}
+    facts = {**told, "models": models + gathered.models, "dropped": dict(sorted((+gathered.dropped).items())), "evaluation_texts": len(against), "sources": gathered.about}
     (work.path / "README.md").write_text(card(frames["train"], frames["heldout"], facts), encoding="utf-8")
-    work.balance(gathered.read, facts.pop("kept"), dropped)
+    work.balance(gathered.read, facts.pop("kept"), facts["dropped"])
     work.seeds["ranks and draws"] = config.seed
-    licences = pl.concat(frames.values()).group_by("source", "licence").agg(records=pl.len().cast(pl.Int64)).sort("source", "licence")
-    work.licences += licences.to_dicts()
+    work.licences += pl.concat(frames.values()).group_by("source", "licence").agg(records=pl.len().cast(pl.Int64)).sort("source", "licence").to_dicts()
     counts = {f"by_{column}": {name: dict(frame[column].value_counts().sort(column).iter_rows()) for name, frame in frames.items()} for column in ("source", "licence", "origin", "lang")}
+    size, key = pl.col("messages").list.eval(pl.element().struct["content"].str.len_chars()).list.sum().sum(), pl.format("{}, {}", "source", "licence").alias("key")
+    sizes = {name: dict(frame.group_by(key).agg(size).sort("key").iter_rows()) for name, frame in frames.items()}
     return {"rows": {name: frame.height for name, frame in frames.items()}, **counts, **facts,
-            "characters": {name: sum(len(full_text(row)) for row in frame.iter_rows(named=True)) for name, frame in frames.items()},
+            "characters": {name: sum(by.values()) for name, by in sizes.items()}, "characters_by": sizes,
             "turns": {name: int(frame["messages"].list.len().sum()) for name, frame in frames.items()}}
 
 
@@ -370,7 +370,7 @@ def external(config: Config) -> dict[str, str]:
 
 STAGE = Stage("43_sft_data", 2, ("41_translate", "42_generate"), config, run, external)
 
-# %% ../nbs/43_sft_data.ipynb #673b5db5
+# %% ../nbs/43_sft_data.ipynb #636fa62c
 def plot(artifact: Artifact) -> Any:
     """Rows by source and origin, answers by licence, and what was left out by reason (a matplotlib figure), from the manifest alone."""
     import matplotlib.pyplot as plt
@@ -378,11 +378,11 @@ def plot(artifact: Artifact) -> Any:
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     plt.close(figure)  # shown once, as the value of its cell
     metrics = artifact.metrics
-    shown = {"rows by origin": metrics["by_origin"], "rows by licence": metrics["by_licence"], "left out, by reason": {"": artifact.counts["dropped"]}}
+    shown = {"rows by origin": metrics["by_origin"], "characters by source and licence": metrics["characters_by"], "left out, by reason": {"train": artifact.counts["dropped"]}}
     for axes, (title, table) in zip(panels, shown.items(), strict=True):
         start = dict.fromkeys(sorted({name for counts in table.values() for name in counts}), 0)
-        for (split, counts), colour in zip(table.items(), ("#4477aa", "#ee6677"), strict=False):
-            axes.barh(list(start), [counts.get(name, 0) for name in start], left=list(start.values()), label=split, color=colour)
+        for split, colour in (("train", "#4477aa"), ("heldout", "#ee6677")):
+            axes.barh(list(start), [(counts := table.get(split, {})).get(name, 0) for name in start], left=list(start.values()), label=split, color=colour)
             start = {name: size + counts.get(name, 0) for name, size in start.items()}
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
