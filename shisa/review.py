@@ -36,7 +36,7 @@ from shisa.leaks import (
 )
 from .sample import data_folder, sample_file
 from .stage import Artifact, Stage, Work, need, run_stage
-from .sft_data import KNOWN_ROLES, read_set
+from .shapes import KNOWN_ROLES, read_set
 from .split import contaminated
 from .tokenizer_report import AnyTokenizer, open_tokenizer
 from .validate import CHAT, DECLINED, FENCE, INLINE, REPEATED, addresses, most_repeated

@@ -19,7 +19,7 @@ from shisa.evalsets import evaluation_texts
 from shisa.leaks import english_clause, styles, third_language, unpaired
 from shisa.review import CHECKS, FINDINGS, MARKS_FILE, review
 from shisa.sample import conversations, documents, preferences
-from shisa.sft_data import KNOWN_ROLES, read_set, shape_of, turns_of
+from shisa.shapes import KNOWN_ROLES, read_set, shape_of, turns_of
 
 ASKED = "日本の首都はどこですか。"
 ANSWER = "日本の首都は東京です。"

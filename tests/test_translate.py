@@ -1,4 +1,4 @@
-"""Leaks, validators, the translation client and its store, and the fine-tuning set."""
+"""Leaks, validators, the translation client and its store."""
 
 import asyncio
 import json
@@ -13,15 +13,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shisa import sft_data, translate
+from shisa import translate
 from shisa.config import ShisaError
 from shisa.infer import Answer, AnswerStore, Client, Endpoint
 from shisa.leaks import leak_rate, stray_spans
-from shisa.sample import conversations, data_folder, family
+from shisa.sample import conversations, data_folder
 from shisa.stage import run_stage
 from shisa.translate import Config, Rates, bundled_server, bundled_texts
 from shisa.validate import FAULTS, kanji_value, lost_numbers, recall_table, spoil, validate
@@ -360,33 +359,3 @@ def test_instructions_inside_a_text_stay_text():
         asked = translate.request_messages(source, "user", [])[-1]["content"]
         assert translate.MARKED.search(asked).group(2) == source
     assert spoil("chatty", *PAIRS[0], "0") != PAIRS[0][1]
-
-
-# the set
-
-
-@given(st.integers(0, 50), st.integers(72, 460))
-@settings(max_examples=15, deadline=None)
-def test_family_shows_every_word_and_form_in_training(seed, cap):
-    train, heldout, left_out = sft_data.family_rows(seed, 0.2, cap)
-    spec = family()
-    total = sum(map(len, spec["categories"].values())) * len(spec["templates"])
-    assert len(train) + len(heldout) + left_out == total and 0.15 * total < len(heldout) < 0.25 * total
-    assert not {row["id"] for row in train} & {row["id"] for row in heldout}
-    assert {row["id"].split("/")[1] for row in heldout} <= {row["id"].split("/")[1] for row in train}
-    assert {row["id"].split("/")[2] for row in train} == {str(number) for number in range(len(spec["templates"]))}
-
-
-def test_set_is_clean_split_and_described(undisturbed):
-    root = undisturbed.path.parent
-    artifact = run_stage("43_sft_data", "tiny", root)
-    train, heldout = artifact.table("train.parquet"), artifact.table("heldout.parquet")
-    assert train.schema == heldout.schema == pl.Schema(sft_data.SCHEMA)
-    assert not set(train["id"]) & set(heldout["id"])
-    chats = undisturbed.table("conversations.parquet").height
-    assert (heldout["source"] != "family").sum() == pytest.approx(0.08 * chats, abs=1)
-    assert (train["source"] == "family").sum() <= 300
-    card = artifact.file("README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\n") and "no model translated them" in card and f"{train.height} conversations" in card
-    again, dropped = sft_data.clean(train.to_dicts(), sft_data.evaluation_texts(None))
-    assert len(again) == train.height and dropped == []
