@@ -39,7 +39,9 @@ from .stage import Artifact, Stage, Work, need, run_stage
 from .shapes import KNOWN_ROLES, read_set
 from .split import contaminated
 from .tokenizer_report import AnyTokenizer, open_tokenizer
-from .validate import CHAT, DECLINED, FENCE, INLINE, REPEATED, addresses, most_repeated
+from .kept import FENCE, INLINE, addresses
+from .talk import DECLINED, REMARK
+from .validate import REPEATED, most_repeated
 
 # %% ../nbs/44_review.ipynb #4f7eb5d7
 COUNTED = {"kana": r"[\p{Hiragana}\p{Katakana}]", "han": r"\p{Han}", "latin": r"\p{Latin}", "hangul": r"\p{Hangul}", "letters": r"\p{L}",
@@ -75,7 +77,7 @@ PYTHON = re.compile(r"```(?:python|py|python3)[ \t]*\n(.*?)```", re.DOTALL | re.
 
 def translators_note(text: str, before: str) -> str:
     """A remark or a refusal of a translator (chapter 40), unless the turn before asks for a translation."""
-    match = None if re.search("訳|translat", before, re.IGNORECASE) else CHAT.search(text) or DECLINED.search(text)
+    match = None if re.search("訳|translat", before, re.IGNORECASE) else REMARK.search(text) or DECLINED.search(text)
     return match[0] if match and not match[0].startswith("AI") else ""  # an AI that says so is a persona, not a translator
 
 
