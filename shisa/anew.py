@@ -16,7 +16,7 @@ from typing import Any
 from .client import Client, Endpoint, map_bounded
 from .store import Answer, AnswerStore, Spend, cost
 
-# %% ../nbs/lib/24_anew.ipynb #511bd24e
+# %% ../nbs/lib/24_anew.ipynb #23e7048d
 Row = dict[str, Any]
 Check = Callable[[str, str, str], Sequence[Any]]
 
@@ -35,8 +35,9 @@ async def regenerate(row: Row, ask: Callable[[list[dict[str, str]], int], Any], 
             continue
         for attempt in range(attempts):
             answer = await ask([*messages], attempt)
-            text, reasons = answer.text.strip(), [] if answer.finish == "stop" else [answer.finish]
-            reasons = reasons or [str(reason) for reason in check(messages[-1]["content"], text, row["lang"])] or ([] if text else ["empty"])
+            text = answer.text.strip()
+            reasons = [answer.finish] if answer.finish != "stop" else [str(one) for one in check(messages[-1]["content"], text, row["lang"])]
+            reasons = reasons or ([] if text else ["empty"])
             refused += reasons[:1]
             if not reasons:
                 break
@@ -47,10 +48,12 @@ async def regenerate(row: Row, ask: Callable[[list[dict[str, str]], int], Any], 
         messages.pop()
     return ({**row, "messages": messages, "origin": "regenerated"} if messages else None), refused
 
-# %% ../nbs/lib/24_anew.ipynb #babdea20
-def regenerate_all(rows: Sequence[Row], model: str, endpoints: Sequence[Endpoint], store: AnswerStore, spend: Spend, check: Check, *, attempts: int = 2,
-                   concurrency: int = 16, temperature: float = 1.0, say: Callable[[str], Any] = print, **options: Any) -> tuple[list[tuple[Row | None, list[str]]], dict[str, Any]]:
-    """(the result of `regenerate` for each row, {model, role, answers, prompt_tokens, completion_tokens, usd}); `options` go to the endpoint."""
+# %% ../nbs/lib/24_anew.ipynb #ca4b71c4
+def regenerate_all(rows: Sequence[Row], model: str, endpoints: Sequence[Endpoint], store: AnswerStore, spend: Spend, check: Check, *,
+                   attempts: int = 2, concurrency: int = 16, temperature: float = 1.0, say: Callable[[str], Any] = print,
+                   **options: Any) -> tuple[list[tuple[Row | None, list[str]]], dict[str, Any]]:
+    """(the result of `regenerate` for each row, {model, role, answers, prompt_tokens, completion_tokens, usd}); `options` go to
+    the endpoint."""
     used = Counter()
 
     async def work() -> tuple[list[tuple[Row | None, list[str]]], Mapping[str, Any]]:

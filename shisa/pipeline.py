@@ -26,7 +26,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "Pre-training data": ("10_sources", "11_filters", "12_dedup", "13_dsir", "14_split"),
     "Tokenizer": ("20_base", "21_tokenizer", "22_tokenizer_report", "23_embeddings"),
     "Pre-training": ("30_mix", "31_pretrain", "32_planner", "33_ablations"),
-    "SFT sets": ("40_validate", "41_translate", "43_sft_data", "44_review"),
+    "SFT sets": ("40_validate", "41_translate", "42_generate", "43_sft_data", "44_review"),
     "SFT": ("50_chat_format", "51_sft"),
     "DPO": ("60_pairs", "61_dpo"),
     "Benchmarks": ("70_jaster",),

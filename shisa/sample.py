@@ -6,9 +6,9 @@
 __all__ = ['SCHEMA', 'SAMPLE_LICENCE', 'NOT_JSON', 'NOT_UTF8', 'NUL', 'SURROGATE', 'NO_TEXT', 'NULL_TEXT', 'NOT_TEXT', 'EMPTY',
            'BLANK', 'TOO_LONG', 'TORN', 'EXPANDS', 'UNREADABLE', 'UNLICENSED', 'REPEATED', 'OVER_BUDGET', 'OTHER',
            'COUNTED', 'WAY_OUT', 'BOM', 'UNKNOWN', 'ENDING', 'Chunk', 'sample_file', 'documents', 'japanese', 'noise',
-           'conversations', 'preferences', 'evaluation', 'evaluation_instructions', 'family', 'data_folder', 'summary',
-           'row', 'bundled', 'parse', 'pair_key', 'plain', 'arrow_texts', 'share_alike', 'folder_files', 'file_entry',
-           'Whole', 'unreachable', 'Records', 'read_texts']
+           'conversations', 'preferences', 'instructions', 'evaluation', 'evaluation_instructions', 'family',
+           'data_folder', 'summary', 'row', 'bundled', 'parse', 'pair_key', 'plain', 'arrow_texts', 'share_alike',
+           'folder_files', 'file_entry', 'Whole', 'unreachable', 'Records', 'read_texts']
 
 # %% ../nbs/lib/04_sample.ipynb #1f3f768a
 import json
@@ -67,6 +67,11 @@ def preferences() -> list[dict[str, Any]]:
     return list(_rows("preferences.jsonl"))
 
 
+def instructions() -> list[dict[str, Any]]:
+    """Instructions written as Japanese, each with a reply: {id, category, instruction, reply}."""
+    return list(_rows("instructions.jsonl"))
+
+
 def evaluation() -> list[dict[str, Any]]:
     """Evaluation items: {id, task (MC, NLI, QA, RC), dataset, split, input, output}."""
     return list(_rows("evaluation.jsonl"))
@@ -95,20 +100,18 @@ def data_folder() -> Path | None:
 # %% ../nbs/lib/04_sample.ipynb #b1fa5dc0
 def summary() -> list[dict[str, Any]]:
     """Counts by part, with the UTF-8 bytes of Japanese in what was written as text."""
-    def size(texts: list[str]) -> int:
-        return sum(len(text.encode()) for text in texts)
-
     chats, items, grouped = conversations(), evaluation(), family()["categories"]
     replies = [message["content"] for chat in chats for message in chat["messages_ja"]]
     asked = [message["content"] for pair in preferences() for message in pair["prompt"] + pair["chosen"]]
     parts = [("parallel documents", documents(), "kind", [d["ja"] for d in documents()], "written"),
              ("Japanese documents", japanese(), "kind", [d["ja"] for d in japanese()], "written"),
              ("conversations", chats, "kind", replies, "written"), ("preference pairs", preferences(), "kind", asked, "written"),
+             ("instructions", instructions(), "category", [d["instruction"] + d["reply"] for d in instructions()], "written"),
              ("evaluation items", items, "task", [e["input"] + e["output"] for e in items], "written"),
              ("noise", noise(), "label", [], "written, and by program"),
              ("family of instructions", [{"kind": k} for k, own in grouped.items() for _ in own], "kind", [], "template")]
-    return [{"part": name, "items": len(rows), "kinds": len({row[key] for row in rows}), "Japanese bytes": size(texts),
-             "made by": how} for name, rows, key, texts, how in parts]
+    return [{"part": name, "items": len(rows), "kinds": len({row[key] for row in rows}),
+             "Japanese bytes": sum(len(text.encode()) for text in texts), "made by": how} for name, rows, key, texts, how in parts]
 
 # %% ../nbs/lib/04_sample.ipynb #2f1b880a
 SCHEMA = {name: pl.String for name in ("id", "text", "source", "lang", "licence", "meta")}
@@ -128,11 +131,9 @@ def bundled() -> Iterator[dict[str, str]]:
             meta = {"pair": item["id"], "kind": item["kind"], "register": item["register"]}
             yield row(f"{item['id']}-{lang}", item[lang], f"sample/{item['kind']}", lang, SAMPLE_LICENCE, **meta)
     for item in japanese():
-        meta = {"kind": item["kind"], "register": item["register"]}
-        yield row(item["id"], item["ja"], f"sample/{item['kind']}", "ja", SAMPLE_LICENCE, **meta)
+        yield row(item["id"], item["ja"], f"sample/{item['kind']}", "ja", SAMPLE_LICENCE, kind=item["kind"], register=item["register"])
     for item in noise():
-        meta = {"label": item["label"], "of": item["of"]}
-        yield row(item["id"], item["text"], "sample/noise", item["lang"], SAMPLE_LICENCE, **meta)
+        yield row(item["id"], item["text"], "sample/noise", item["lang"], SAMPLE_LICENCE, label=item["label"], of=item["of"])
 
 # %% ../nbs/lib/04_sample.ipynb #c145ec33
 NOT_JSON, NOT_UTF8, NUL, SURROGATE = "not a JSON object", "not UTF-8", "NUL byte", "lone surrogate"
@@ -292,7 +293,6 @@ class Records:
         if "root" not in self.entry:
             return open(self.entry["path"], "rb")
         from fsspec.core import url_to_fs
-
         streamed = {} if self.name.endswith(".parquet") else {"block_size": 0}
         return url_to_fs(self.entry["root"])[0].open(self.entry["path"], "rb", **streamed)
 

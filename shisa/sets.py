@@ -25,7 +25,7 @@ from .sample import NO_TEXT, NOT_JSON, NUL, OTHER, SAMPLE_LICENCE, TOO_LONG, UNK
 from .shapes import SUFFIXES, Unusable, conversation, language, licence_beside, read_messages, shape_of, text_of, turns_of
 from .text import line_blocks
 
-# %% ../nbs/lib/23_sets.ipynb #533d2f5f
+# %% ../nbs/lib/23_sets.ipynb #ee114138
 Row = dict[str, Any]
 
 
@@ -42,8 +42,8 @@ def fine_grained(completion: Mapping[str, Any]) -> float | None:
     if (given := _number(completion.get("fine-grained_score"))) is not None:
         return given
     annotations = completion.get("annotations")
-    ratings = [_number(each.get("Rating")) for each in annotations.values() if isinstance(each, dict)] if isinstance(annotations, dict) else []
-    found = [rating for rating in ratings if rating is not None]
+    ratings = [each.get("Rating") for each in annotations.values() if isinstance(each, dict)] if isinstance(annotations, dict) else []
+    found = [rating for rating in map(_number, ratings) if rating is not None]
     return sum(found) / len(found) if found else None
 
 
@@ -69,7 +69,7 @@ def scored(completions: Iterable[Mapping[str, Any]], told: Counter[str]) -> list
     del told[""]
     return [answer for _, answer in sorted(found, key=lambda item: item[0])]
 
-# %% ../nbs/lib/23_sets.ipynb #32cf6278
+# %% ../nbs/lib/23_sets.ipynb #d70f549f
 def _flat(tree: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     left = [(tree["prompt"], None)]
     while left:
@@ -99,8 +99,9 @@ def best_path(messages: Sequence[Mapping[str, Any]], told: Counter[str]) -> list
     path: list[Mapping[str, Any]] = []
     step, seen, beside = under.pop(None, []), 0, Counter()
     while step:
-        good = [one for one in step if not one.get("deleted") and one.get("review_result") is not False and text_of(one.get("text")).strip()]
-        good.sort(key=lambda one: (one.get("rank") is None, one.get("rank") or 0, text_of(one.get("message_id"))))
+        good = [one for one in step if not one.get("deleted") and one.get("review_result") is not False]
+        good = [one for one in good if text_of(one.get("text")).strip()]
+        good.sort(key=lambda one: (_number(one.get("rank")) is None, _number(one.get("rank")) or 0, text_of(one.get("message_id"))))
         seen += len(step)
         beside["reply deleted or refused in review"] += len(step) - len(good)
         beside["reply ranked lower"] += max(len(good) - 1, 0)
@@ -110,7 +111,7 @@ def best_path(messages: Sequence[Mapping[str, Any]], told: Counter[str]) -> list
     told.update({reason: count for reason, count in beside.items() if count})
     return path
 
-# %% ../nbs/lib/23_sets.ipynb #93d76899
+# %% ../nbs/lib/23_sets.ipynb #f704ae0e
 Schema = Literal["auto", "airoboros", "slimorca", "ultrafeedback", "binarized", "dolly", "oasst", "sample", "shaped"]
 
 
@@ -144,7 +145,8 @@ def _binarized(row: Row, told: Counter[str]) -> Row:
 def _dolly(row: Row, told: Counter[str]) -> Row:
     asked = [text_of(row.get("instruction")), text_of(row.get("context") or row.get("input"))]
     answer = text_of(row["output"] if "output" in row else row.get("response"))
-    return {"kind": row.get("category"), "turns": [("user", "\n\n".join(part for part in asked if part.strip())), ("assistant", answer)]}
+    question = "\n\n".join(part for part in asked if part.strip())
+    return {"kind": row.get("category"), "turns": [("user", question), ("assistant", answer)]}
 
 
 def _oasst(row: Row, told: Counter[str]) -> Row:
@@ -153,7 +155,8 @@ def _oasst(row: Row, told: Counter[str]) -> Row:
     path = best_path(row["messages"], told)
     if not path:
         raise Unusable("prompt deleted or refused in review")
-    turns = [("user" if message.get("role") == "prompter" else text_of(message.get("role")), text_of(message.get("text"))) for message in path]
+    roles = ["user" if message.get("role") == "prompter" else text_of(message.get("role")) for message in path]
+    turns = [(role, text_of(message.get("text"))) for role, message in zip(roles, path, strict=True)]
     return {"kind": "conversation", "lang": path[0].get("lang"), "turns": turns}
 
 
@@ -164,7 +167,8 @@ READERS: dict[str, Callable[[Row, Counter[str]], Row]] = {
     "sample": lambda row, told: {"kind": row["kind"], "turns": read_messages(row["messages_en"])},
 }
 _MARKS: tuple[tuple[str, set[str]], ...] = (
-    ("ultrafeedback", {"instruction", "completions"}), ("binarized", {"chosen", "rejected", "score_chosen"}), ("sample", {"messages_en", "messages_ja"}),
+    ("ultrafeedback", {"instruction", "completions"}), ("binarized", {"chosen", "rejected", "score_chosen"}),
+    ("sample", {"messages_en", "messages_ja"}),
     ("oasst", {"message_id", "parent_id", "text", "role"}), ("oasst", {"message_tree_id", "prompt"}),
     ("dolly", {"instruction", "context", "response"}), ("dolly", {"instruction", "input", "output"}))
 
@@ -174,7 +178,7 @@ def schema_of(columns: Sequence[str], place: str) -> str:
     found = next((schema for schema, names in _MARKS if names <= {*columns}), "")
     return found or (shape_of(columns, place) and "shaped")
 
-# %% ../nbs/lib/23_sets.ipynb #61cd395f
+# %% ../nbs/lib/23_sets.ipynb #fcca1d8d
 @cache
 def known_sets() -> dict[str, dict[str, Any]]:
     """The published sets of sets.toml by Hub id: schema, files, revision, licence, source, note."""
@@ -224,7 +228,8 @@ def far_files(root: str, patterns: Sequence[str]) -> list[dict[str, Any]]:
 
     try:
         system, base = url_to_fs(root)
-        found = [about for pattern in patterns for _, about in sorted(system.glob(f"{base.rstrip('/')}/{pattern}", detail=True).items())]
+        globs = [f"{base.rstrip('/')}/{pattern}" for pattern in patterns]
+        found = [about for one in globs for _, about in sorted(system.glob(one, detail=True).items())]
     except Exception as error:
         raise unreachable(root, error) from None
     entries = {about["name"]: about["size"] for about in found if about["type"] == "file"}
@@ -238,9 +243,11 @@ def set_files(name: str, revision: str = "", patterns: Sequence[str] = ()) -> tu
     if name == "sample":
         entries = [{"name": "conversations.jsonl", "path": str(sample_file("conversations.jsonl"))}]
     elif local.exists():
-        found = {local.name: local} if local.is_file() else {path.relative_to(local).as_posix(): path for path in sorted(local.rglob("[!.]*"))}
-        wanted = wanted or tuple(f"*{ending}" for ending in (*SUFFIXES, *([".json"] if local.is_file() else [])))
-        entries = [{"name": key, "path": str(path)} for key, path in found.items() if path.is_file() and any(fnmatch(key, one) for one in wanted)]
+        paths = [local] if local.is_file() else [path for path in sorted(local.rglob("[!.]*")) if path.is_file()]
+        found = {(path.relative_to(local).as_posix() if path != local else path.name): path for path in paths}
+        for ends in [wanted] if wanted else [[f"*{ending}" for ending in SUFFIXES], ["*.json"]]:  # a lone .json file is published, too
+            if entries := [{"name": key, "path": str(path)} for key, path in found.items() if any(fnmatch(key, one) for one in ends)]:
+                break
     elif "://" in name:
         entries = far_files(name, wanted or [f"*{ending}" for ending in SUFFIXES])
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -258,7 +265,7 @@ def set_files(name: str, revision: str = "", patterns: Sequence[str] = ()) -> tu
         raise ShisaError(f"{name}: no data file there ({', '.join(wanted or SUFFIXES)}); name its files")
     return entries, revision
 
-# %% ../nbs/lib/23_sets.ipynb #ec8bbda2
+# %% ../nbs/lib/23_sets.ipynb #b8c3f3fe
 class TrainingSet:
     """Iterates over the rows {id, source, licence, lang, kind, messages} (+ score, completions) of a set.
 
@@ -271,10 +278,12 @@ class TrainingSet:
         self.name, self.drop, self.read, self.kept = name, drop, 0, 0
         self.schema = schema if schema != "auto" else about.get("schema", "auto")
         self.entries, self.revision = set_files(name, revision or about.get("revision", ""), patterns or about.get("files", ()))
-        self.source = source or re.sub(r"[^a-z0-9.]+", "_", re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz|\.zst)?$", "", name.rstrip("/").rpartition("/")[2].lower()))
+        last = re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz|\.zst)?$", "", name.rstrip("/").rpartition("/")[2].lower())
+        self.source = source or re.sub(r"[^a-z0-9.]+", "_", last)
         known = licence or about.get("licence", "") or (SAMPLE_LICENCE if name == "sample" else "")
-        self.licence = known or next((found for entry in self.entries if "root" not in entry and (found := licence_beside(Path(entry["path"])))), "")
-        self.note, self.licences, self.dropped, self.notes, self._ids = about.get("note", ""), Counter(), Counter(), Counter(), Counter()
+        beside = (licence_beside(Path(entry["path"])) for entry in self.entries if "root" not in entry)
+        self.licence, self.note = known or next(filter(None, beside), ""), about.get("note", "")
+        self.licences, self.dropped, self.notes, self._ids = Counter(), Counter(), Counter(), Counter()
         self._rows = self._iterate()
 
     def __iter__(self) -> "TrainingSet":
@@ -288,7 +297,8 @@ class TrainingSet:
         for entry in self.entries:
             def bad(line: int, reason: str, excerpt: str | bytes, id: str | None = "", name: str = entry["name"]) -> None:
                 self.read += 1
-                self.refuse("", reason, excerpt.decode("utf-8", "replace") if isinstance(excerpt, bytes) else excerpt, f"{name}:{line}")
+                text = excerpt.decode("utf-8", "replace") if isinstance(excerpt, bytes) else excerpt
+                self.refuse("", reason, text, f"{name}:{line}")
 
             yield from ((f"{entry['name']}:{line}", record) for line, record in WholeRecords(entry, bad))
 
@@ -306,13 +316,14 @@ class TrainingSet:
         own = text_of(record.get("licence") or record.get("license"))
         if (licence := own if own.lower() not in UNKNOWN else self.licence) in UNKNOWN:
             raise ShisaError(f"{self.name}: its licence is unknown; find it out and name it in the field `licence` of its entry")
-        name = found.pop("id", None) or next((record[key] for key in ("id", "index", "uuid", "key") if record.get(key) is not None), None)
+        names = (record[key] for key in ("id", "index", "uuid", "key") if record.get(key) is not None)
+        name = found.pop("id", None) or next(names, None)
         name = str(name) if name is not None else hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()[:16]
         self._ids[name] += 1
         again = f"-{self._ids[name]}" if self._ids[name] > 1 else ""
         self.licences[licence] += 1
-        return {"id": name if self.name == "sample" else f"{self.source}/{name}{again}", "source": self.source, "licence": licence, "lang": lang,
-                "kind": text_of(found.pop("kind", None)) or self.source, "messages": messages, **found}
+        id, kind = name if self.name == "sample" else f"{self.source}/{name}{again}", text_of(found.pop("kind", None)) or self.source
+        return {"id": id, "source": self.source, "licence": licence, "lang": lang, "kind": kind, "messages": messages, **found}
 
     def _iterate(self) -> Iterator[Row]:
         records = self.records()

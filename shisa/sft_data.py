@@ -62,7 +62,7 @@ def family_rows(seed: int, heldout_share: float, cap: int) -> tuple[list[Row], l
     train.sort(key=lambda item: (item[0], rank(item[1]["id"], seed)))
     return [row for _, row in train[:cap]], heldout, max(len(train) - cap, 0)
 
-# %% ../nbs/43_sft_data.ipynb #ded9eb31
+# %% ../nbs/43_sft_data.ipynb #2fdeae7e
 @cache
 def task_wordings() -> dict[str, list[str]]:
     """How a translation is asked for: {en_ja: […], ja_en: […]}."""
@@ -74,8 +74,8 @@ def translation_tasks(turns: Iterable[Row], chats: Mapping[str, Row], longest: i
     found, dropped, wordings = [], Counter(), task_wordings()
     for turn in turns:
         chat, source, translation = chats.get(turn["id"]), turn["source"], turn["translation"]
-        if reason := ("turn without a kept conversation" if chat is None or not translation.strip() else
-                      "turn too long for a task" if len(source) > longest else ""):
+        accepted = chat is not None and turn["status"] not in ("failed", "skipped") and normalise(translation) not in ("", normalise(source))
+        if reason := "turn too long for a task" if accepted and len(source) > longest else "" if accepted else "turn without an accepted translation":
             dropped[reason] += 1
             continue
         id = f"task/{turn['id']}#{turn['turn']}"
@@ -218,7 +218,7 @@ def config(profile: str) -> Config:
     return Config() if profile == "tiny" else whole if profile != "a100x16" else whole.change(
         sources=SHISA, heldout_share=0.01, passes=2, characters=150_000_000, scarce="short", model=model, concurrency=64, **caps_from_environment())
 
-# %% ../nbs/43_sft_data.ipynb #162d5d66
+# %% ../nbs/43_sft_data.ipynb #9be39f36
 class Gathered:
     """What the sources gave: `rows` by source, and every record that was left out, with its reason."""
 
@@ -303,7 +303,7 @@ class Gathered:
         self.leave(others, "of no source in the mix")
         return self
 
-# %% ../nbs/43_sft_data.ipynb #1403f4d1
+# %% ../nbs/43_sft_data.ipynb #355f3048
 SCHEMA = {**dict.fromkeys(("id", "source", "licence", "origin", "kind", "lang"), pl.String), "messages": pl.List(pl.Struct({"role": pl.String, "content": pl.String}))}
 
 
@@ -379,7 +379,7 @@ def external(config: Config) -> dict[str, str]:
 
 STAGE = Stage("43_sft_data", 2, ("41_translate", "42_generate"), config, run, external)
 
-# %% ../nbs/43_sft_data.ipynb #3cf0cca8
+# %% ../nbs/43_sft_data.ipynb #673b5db5
 def plot(artifact: Artifact) -> Any:
     """Rows by source and origin, answers by licence, and what was left out by reason (a matplotlib figure), from the manifest alone."""
     import matplotlib.pyplot as plt

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shisa import cli
+from shisa import book
 from shisa.pipeline import CHAPTERS, STAGES, WITHOUT_STAGE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +19,7 @@ def order() -> dict[str, tuple[int, str]]:
     places = {}
     for path in NOTEBOOKS:
         for cell in json.loads(path.read_text())["cells"]:
-            if found := re.match(r"#\|\s*default_exp (\w+)", cli.source(cell)):
+            if found := re.match(r"#\|\s*default_exp (\w+)", book.source(cell)):
                 places[found[1]] = (0 if path.parent.name == "lib" else 1, path.stem)
     return places
 
@@ -57,29 +57,29 @@ def test_modules_import_fast(module):
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_chapter_has_the_shape_of_a_chapter(chapter):
-    notebook = cli.read_notebook(ROOT / "nbs" / f"{chapter}.ipynb")
+    notebook = book.read_notebook(ROOT / "nbs" / f"{chapter}.ipynb")
     cells = notebook["cells"]
-    assert "google.colab" in cli.source(cells[0]) and "#| hide" in cli.source(cells[0])
-    titles = [cli.source(c) for c in cells if c["cell_type"] == "markdown"]
+    assert "google.colab" in book.source(cells[0]) and "#| hide" in book.source(cells[0])
+    titles = [book.source(c) for c in cells if c["cell_type"] == "markdown"]
     assert titles[0].startswith("# ") and "\n> " in titles[0]
     tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    assert len(tagged) == 1 and 'profile = "tiny"' in cli.source(tagged[0])
-    runs = [c for c in cells if f'run_stage("{chapter}"' in cli.source(c)]
+    assert len(tagged) == 1 and 'profile = "tiny"' in book.source(tagged[0])
+    runs = [c for c in cells if f'run_stage("{chapter}"' in book.source(c)]
     assert (chapter in WITHOUT_STAGE) == (not runs)
-    assert all("#| eval: false" in cli.source(c) for c in runs)
+    assert all("#| eval: false" in book.source(c) for c in runs)
     assert len(cells) <= 90
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_exported_clean_and_light(path):
-    notebook = cli.read_notebook(path)
+    notebook = book.read_notebook(path)
     assert path.stat().st_size <= 300_000
     for cell in notebook["cells"]:
         if cell["cell_type"] != "code":
             continue
         assert cell["execution_count"] is None
         assert not any(o["output_type"] == "error" or o.get("name") == "stderr" for o in cell["outputs"])
-    name = next((m[1] for c in notebook["cells"] if (m := re.match(r"#\|\s*default_exp (\w+)", cli.source(c)))), None)
+    name = next((m[1] for c in notebook["cells"] if (m := re.match(r"#\|\s*default_exp (\w+)", book.source(c)))), None)
     assert name is None or (ROOT / "shisa" / f"{name}.py").is_file()
 
 
@@ -94,7 +94,7 @@ def test_every_stage_declares_inputs_that_come_before_it():
 
 
 def test_outputs_are_fresh():
-    assert cli.stale(ROOT) == [], "run: shisa refresh"
+    assert book.stale(ROOT) == [], "run: shisa refresh"
 
 
 def test_at_most_52_modules():

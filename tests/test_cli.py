@@ -72,8 +72,8 @@ def test_sources_changed_under_a_finished_stage(tmp_path):
 
 
 def test_no_translation_endpoint(tmp_path):
-    env = {"SHISA_TRANSLATE_BASE_URL": "", "OPENAI_API_KEY": "", "OPENAI_BASE_URL": ""}
-    refused(shisa("run", "--profile", "a100x16", "--only", "41_translate", "--out", tmp_path, env=env), "SHISA_TRANSLATE_BASE_URL")
+    env = {"SHISA_FIRST_BASE_URL": "", "SHISA_STRONGER_BASE_URL": "", "OPENAI_API_KEY": ""}
+    refused(shisa("run", "--profile", "a100x16", "--only", "41_translate", "--out", tmp_path, env=env), "SHISA_FIRST_BASE_URL")
     assert not (tmp_path / "41_translate").exists()
 
 

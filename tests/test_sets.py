@@ -192,6 +192,9 @@ def test_a_torn_file_and_broken_lines_are_counted(tmp_path):
     (tmp_path / "half.json").write_bytes(json.dumps(DOLLY)[:-30].encode())
     broken = open_set(str(tmp_path / "half.json"), "dolly", licence="MIT")
     assert list(broken) == [] and broken.dropped == {"not a JSON object": 1} and broken.read == 1
+    (tmp_path / "half.json").unlink()
+    written(tmp_path / "whole.json", DOLLY)
+    assert [entry["name"] for entry in open_set(str(tmp_path), "dolly", licence="MIT").entries] == ["whole.json"]
     (tmp_path / "lone.jsonl").write_text('{"prompt": "half \\ud83d a character", "response": "Yes \\ud83d, half."}\n', encoding="utf-8")
     row = next(open_set(str(tmp_path / "lone.jsonl"), licence="MIT"))
     assert row["messages"][1]["content"] == "Yes ?, half."

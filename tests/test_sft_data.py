@@ -206,10 +206,11 @@ def test_family_shows_every_word_and_form_in_training(seed, cap):
 
 def test_tasks_are_made_of_accepted_turns_alone():
     chats = {"c": chat("c", "質問", "答え", source="slimorca", licence="MIT")}
-    turns = [{"id": "c", "turn": 0, "source": "A {text} and a question?", "translation": "{text}と質問？"}, {"id": "c", "turn": 1, "source": "An answer.", "translation": ""},
-             {"id": "gone", "turn": 0, "source": "Lost.", "translation": "失われた。"}, {"id": "c", "turn": 2, "source": "Long. " * 50, "translation": "長い。" * 50}]
+    turns = [{"id": "c", "turn": n, "source": source, "translation": translation, "status": status} for n, (source, translation, status) in enumerate((
+        ("A {text} and a question?", "{text}と質問？", "translated"), ("An answer.", "", "skipped"), ("Long. " * 50, "長い。" * 50, "translated"),
+        ("https://example.com", "https://example.com", "translated"), ("Half.", "半", "failed")))] + [{"id": "gone", "turn": 0, "source": "Lost.", "translation": "失われた。", "status": "translated"}]
     tasks, dropped = translation_tasks(turns, chats, 100, 0)
-    assert len(tasks) == 1 and dropped == {"turn without a kept conversation": 2, "turn too long for a task": 1}
+    assert len(tasks) == 1 and dropped == {"turn without an accepted translation": 4, "turn too long for a task": 1}
     row = tasks[0]
     assert (row["source"], row["licence"], row["parent"], row["origin"]) == ("slimorca", "MIT", "c", "task")
     asked, answer = (message["content"] for message in row["messages"])
@@ -273,6 +274,13 @@ def test_the_card_is_read_by_the_hub_and_tells_what_a_person_must_know(tiny):
     for said in ("| strong | stronger | 1 | 80 | 60 | 1.50 |", "Together 1.50 USD", "no model wrote or translated those rows", "## What was left out", "- over the cap: ", "## Limits", "| english | 0.060 |"):
         assert said in body, said
     assert all(f"- {reason}: {count}" in body for reason, count in tiny[0]["dropped"].items())
+
+
+def test_the_artifact_loads_as_a_data_set_of_the_hub(tiny, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    found = datasets.load_dataset(str(tiny[2]), cache_dir=str(tmp_path))
+    assert {name: part.num_rows for name, part in found.items()} == tiny[0]["rows"]
+    assert {*found["train"].column_names} == {*sft_data.SCHEMA} and found["train"][0]["messages"][-1]["role"] == "assistant"
 
 
 def test_the_card_of_a_mix_of_licences(tiny, tmp_path):
