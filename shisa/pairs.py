@@ -91,7 +91,7 @@ def scored_rows(rows: Sequence[Row], translated: Mapping[str, list], config: "Pa
         low = (row["score"] or 0) < config.least_score_pair
         yield found, "low score" if low else "" if pair else "small margin"
 
-# %% ../nbs/60_pairs.ipynb #6356fc83
+# %% ../nbs/60_pairs.ipynb #725816e5
 class PairsConfig(StageConfig):
     """Which prompts, who answers them, and what makes a pair useless."""
 
@@ -134,8 +134,8 @@ def config(profile: str) -> PairsConfig:
     """The settings of a profile; the tiny model says a few words, so its pairs cannot be bounded in length as real ones."""
     large = {"max_new_tokens": 512, "dtype": "bfloat16", "evaluation": "all"}
     return PairsConfig(**{
-        "tiny": {"longest_ratio": 40.0, "max_new_tokens": 48, "batch_size": 96},
-        "small": {"longest_ratio": 40.0, "from_training": 64, "max_new_tokens": 128, "batch_size": 96, "evaluation": "all"},
+        "tiny": {"longest_ratio": 28.0, "max_new_tokens": 48, "batch_size": 16},
+        "small": {"longest_ratio": 28.0, "from_training": 64, "max_new_tokens": 128, "batch_size": 96, "evaluation": "all"},
         "h100": {**large, "from_training": 2000, "max_new_tokens": 256, "batch_size": 256},
         "a100x16": {**large, "from_training": 0, "from_stronger": 20000, "scored": "openbmb/UltraFeedback", "from_scored": 10000,
                     "pairs_scored": 20000, "answerer": "openai", "spoilt": 0.0, "heldout_share": 0.02, "concurrency": 64,

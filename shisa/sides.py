@@ -22,7 +22,7 @@ from .text import normalise
 
 Row = dict[str, Any]
 
-# %% ../nbs/lib/26_sides.ipynb #83cb633f
+# %% ../nbs/lib/26_sides.ipynb #04b4cb0d
 def similarity(one: str, other: str) -> float:
     """Jaccard similarity of the character trigrams of two normalised texts: 0 (nothing shared) to 1 (the same)."""
     first, second = ({text[i : i + 3] for i in range(max(len(text) - 2, 1))} for text in map(normalise, (one, other)))
@@ -31,8 +31,8 @@ def similarity(one: str, other: str) -> float:
 
 def length_ratio(one: str, other: str) -> float:
     """How many times as many characters the longer of two texts has: at least 1."""
-    short, long = sorted((len(one), len(other)))
-    return long / max(short, 1)
+    short, long = sorted((max(len(one), 1), max(len(other), 1)))
+    return long / short
 
 
 def refusal(chosen: str, rejected: str, stopped: bool, near: float, longest_ratio: float = 0.0) -> str | None:
