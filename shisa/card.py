@@ -14,11 +14,11 @@ from typing import Any
 import polars as pl
 from .sample import share_alike
 
-# %% ../nbs/lib/25_card.ipynb #9880958f
+# %% ../nbs/lib/25_card.ipynb #3f95c95c
 HUB_LICENCES = {"apache-2.0": "apache-2.0", "mit": "mit", "cc by 3.0": "cc-by-3.0", "cc by 4.0": "cc-by-4.0",
                 "cc by-sa 3.0": "cc-by-sa-3.0", "cc by-sa 4.0": "cc-by-sa-4.0", "cc0": "cc0-1.0", "cc0-1.0": "cc0-1.0"}
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
-TRANSLATED, SYNTHETIC = {"translated", "restored", "stronger"}, {"generated", "regenerated", "template"}
+TRANSLATED, SYNTHETIC = {"translated", "restored", "stronger", "backfilled", "shortened"}, {"backfilled", "generated", "regenerated", "template"}
 
 
 def front_matter(rows: pl.DataFrame) -> dict[str, Any]:
@@ -35,12 +35,11 @@ def front_matter(rows: pl.DataFrame) -> dict[str, Any]:
         "configs": [{"config_name": "default", "data_files": splits}], "tags": tags,
     }
 
-# %% ../nbs/lib/25_card.ipynb #cbaf8f84
-ORIGINS = ("`translated`, `restored` and `stronger` are machine translations; `original` and `published` rows are as they were; `generated` "
-           "and `regenerated` answers are a model's; `task` asks for a translation; `template` rows (family) are made from templates and are "
-           "no natural dialogue.")
-NO_MODEL = ("Models called `shisa-bundled…` are a local server over text written by hand for the bundled sample: no model wrote or translated "
-           "those rows.")
+# %% ../nbs/lib/25_card.ipynb #da872591
+ORIGINS = ("`translated`, `restored` and `stronger` are machine translations; in `backfilled` ones a model wrote a reply that could not be "
+           "translated, `shortened` ones end before such a turn. `original` and `published` rows are as they were; `generated` and `regenerated` "
+           "answers are a model's; `task` asks for a translation; `template` rows (family) are made from templates and are no natural dialogue.")
+NO_MODEL = "Models called `shisa-bundled…` are a local server that gives out text of shisa's bundled sample (see its card): it runs no model."
 LIMITS = ("Translations passed checks on form (completeness, language, numbers, code, addresses). Nothing checks whether they are good, and "
           "facts in them were not verified. Answers of models may fall under the terms of those who offer the models.")
 

@@ -57,7 +57,7 @@ def parse_list(text: str, cut: bool = False) -> list[str]:
     parts = [part[1:-1] if re.fullmatch(r"「[^「」]*」", part) else part for part in parts]
     return [part for part in (parts[:-1] if cut else parts) if part]
 
-# %% ../nbs/lib/24_novelty.ipynb #60b8c85b
+# %% ../nbs/lib/24_novelty.ipynb #31a65c2a
 class Refusal(NamedTuple):
     """Why something is refused, and what shows it."""
 
@@ -68,7 +68,7 @@ class Refusal(NamedTuple):
 _THING = "文章|文(?![化学字明房具])|メール|記事|会話|コード|一覧|リスト|表|データ|感想|レビュー|お知らせ|説明文|段落|手紙|問い合わせ|議事録|単語|言葉"
 _SHOWN = "画像|写真|図|動画|音声|ファイル|資料|文書|グラフ|スクリーンショット"
 PATTERNS: dict[str, re.Pattern[str]] = {
-    "refused": re.compile(r"(?:指示|作成|お答え|対応|依頼|質問|お手伝い)[^\n。]{0,12}(?:できません|できかね|いたしかね)|\bi(?:'m sorry| can(?:'t|not))", re.IGNORECASE),
+    "refused": re.compile(r"(?:指示|作成|お答え|対応|依頼|質問|お手伝い)[^\n。]{0,12}(?:できません|できかね|いたしかね)|\A[\s\"'*]*i(?:'m sorry| can(?:'t|not))", re.IGNORECASE),
     "meta": re.compile(r"AI(?:言語)?(?:モデル|アシスタント)?として|言語モデルとして|ChatGPT|指示を(?:\d+|[一-十]+)件|以下(?:が|は)[^\n。]{0,12}指示"),
     "leftover": re.compile(r"(?:\A|\n)\W{0,3}(?:指示|タスク|課題)\s*[0-9０-９]+|\A[0-9０-９]+[.．)）]\s|【指示"),
     "answered": re.compile(r"\n\W{0,3}(?:回答|解答|答え|模範解答|解説)\s*\d*\s*[:：]"),

@@ -26,14 +26,14 @@ PARTS: dict[str, tuple[str, ...]] = {
     "Pre-training data": ("10_sources", "11_filters", "12_dedup", "13_dsir", "14_split"),
     "Tokenizer": ("20_base", "21_tokenizer", "22_tokenizer_report", "23_embeddings"),
     "Pre-training": ("30_mix", "31_pretrain", "32_planner", "33_ablations"),
-    "SFT sets": ("40_validate", "41_translate", "42_generate", "43_sft_data", "44_review"),
+    "SFT sets": ("39_choose", "40_validate", "41_translate", "42_generate", "43_sft_data", "44_review"),
     "SFT": ("50_chat_format", "51_sft"),
     "DPO": ("60_pairs", "61_dpo"),
     "Benchmarks": ("70_jaster",),
     "Release": ("80_release", "81_serve"),
 }
 CHAPTERS: tuple[str, ...] = tuple(chapter for part in PARTS.values() for chapter in part)
-WITHOUT_STAGE = ("33_ablations", "40_validate", "50_chat_format", "81_serve")
+WITHOUT_STAGE = ("33_ablations", "39_choose", "40_validate", "50_chat_format", "81_serve")
 STAGES: tuple[str, ...] = tuple(chapter for chapter in CHAPTERS if chapter not in WITHOUT_STAGE)
 
 # %% ../nbs/lib/11_pipeline.ipynb #2c6c5565

@@ -109,20 +109,20 @@ def backoff(key: str, attempt: int, base: float) -> float:
     """Seconds to wait after a failed try, growing and spread by the key: `base` · 2^(attempt − 1) · (0.5 to 1.5), at most half a minute."""
     return min(base * 2 ** (attempt - 1) * (0.5 + random.Random(f"{key}{attempt}").random()), 30.0)
 
-# %% ../nbs/lib/20_wire.ipynb #abcaaedb
+# %% ../nbs/lib/20_wire.ipynb #b8839720
 class Line:
-    """An endpoint at work: until when it is held back, how far apart requests leave, why it was set aside, when it was last good.
+    """An endpoint at work: until when it is held back, how far apart requests leave, when it was last good.
 
     A 429 widens the gap between two departures by half, an answer narrows it by a tenth: so a rate limit is found and kept,
     and the requests that waited for its end do not all leave together.
     """
 
     def __init__(self, endpoint: Endpoint):
-        self.endpoint, self.free_at, self.gap, self.good_at, self.dead = endpoint, 0.0, 0.0, -1.0, ""
+        self.endpoint, self.free_at, self.gap, self.good_at = endpoint, 0.0, 0.0, -1.0
         self.said: set[int] = set()  # statuses that were spoken of
         self.chat, self.models = f"{endpoint.url.rstrip('/')}/chat/completions", f"{endpoint.url.rstrip('/')}/models"
 
-    def refusal(self, status: int, body: bytes) -> str:
+    def refusal(self, status: int, body: bytes, model: str) -> str:
         """Why a reply of this status sets the endpoint aside, or nothing. The server's own words are not repeated: they may hold the key."""
         endpoint = self.endpoint
         if status in (401, 403):
@@ -130,7 +130,7 @@ class Line:
         if status == 402 or b"insufficient_quota" in body[:4000] and status == 429:
             return f"{endpoint.shown} says that the account has no money left; top it up, or set {endpoint.key_variable} to another one's key"
         if status in (404, 405):
-            return f"{endpoint.shown} answers {status}; check the model's name and {endpoint.variable or 'the URL'}"
+            return f"{endpoint.shown} answers {status} for model {model}; check its name and {endpoint.variable or 'the URL'}"
         if 300 <= status < 400:
             return f"{endpoint.shown} answers {status}, a redirect, which is not followed; set {endpoint.variable or 'the URL'} to where it leads"
         return ""
@@ -169,17 +169,22 @@ UNSURE = ("slow", "broken")  # the server may have done the work, and billed it
 
 
 def read_answer(body: bytes, prompt_tokens: int) -> Answer | None:
-    """The answer in a reply's body, or None where it holds none. Without usage the tokens are estimated, and marked so."""
+    """The answer in a reply's body, or None where it holds none. Without usage the tokens are estimated, and marked so.
+
+    No content is an empty text: the reply is whole, was paid for, and another one like it would be no better.
+    """
     try:
         reply = orjson.loads(body)
         choice = reply["choices"][0]
-        text, finish = choice["message"].get("content"), choice.get("finish_reason") or "stop"
+        text, refusal, finish = choice["message"].get("content"), choice["message"].get("refusal"), choice.get("finish_reason")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
-    if finish == "content_filter" and text is None:
-        text = ""
-    if not isinstance(text, str) or finish not in ("stop", "length", "content_filter"):
+    if text is None and isinstance(refusal, str) and refusal:
+        text, finish = refusal, "content_filter"
+    text = "" if text is None and isinstance(finish, str) else text
+    if not isinstance(text, str):
         return None
+    finish = finish if finish in ("stop", "length", "content_filter") else "stop"  # others are some server's own words for it
     usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
     counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
     if all(type(count) is int and 0 <= count < 2**40 for count in counts):
@@ -189,7 +194,7 @@ def read_answer(body: bytes, prompt_tokens: int) -> Answer | None:
 
 LARGEST_REPLY = 32 * 2**20  # bytes
 
-async def post(session: Any, line: Line, body: bytes, key: str, seconds: float, prompt_tokens: int) -> Outcome:
+async def post(session: Any, line: Line, body: bytes, key: str, seconds: float, model: str, prompt_tokens: int) -> Outcome:
     """Send one request under its idempotency key, and say what came of it within `seconds`, drips included."""
     import aiohttp
 
@@ -213,8 +218,10 @@ async def post(session: Any, line: Line, body: bytes, key: str, seconds: float, 
     if status == 200:
         answer = read_answer(content, prompt_tokens)
         return Outcome("answer", answer) if answer else Outcome("broken", status=200)
-    if why := line.refusal(status, content):
+    if why := line.refusal(status, content, model):
         return Outcome("dead", status=status, why=why)
+    if status == 504:
+        return Outcome("broken", status=504)
     if status in (408, 409, 425, 429) or status >= 500:
         wait = retry_after(said, time.time())
         return Outcome("busy" if status == 429 or wait is not None else "failed", status=status, wait=wait)

@@ -35,7 +35,7 @@ SETTINGS = {
     "usage": True,
     "location": "",  # of a redirect
 }
-CHARGED = ("answer", "reset_after", "drip", "invalid", "empty", "no_choices", "null_content", "truncated")
+CHARGED = ("answer", "reset_after", "drip", "invalid", "empty", "no_choices", "no_message", "truncated")
 
 
 def reply_to(text: str) -> str:
@@ -156,8 +156,8 @@ class Connection(asyncio.Protocol):
             self.send(200, b"")
         elif kind == "no_choices":
             self.send(200, {**value, "choices": []})
-        elif kind == "null_content":
-            self.send(200, {**value, "choices": [{**choice, "message": {"role": "assistant", "content": None}}]})
+        elif kind == "no_message":
+            self.send(200, {**value, "choices": [{"index": 0, "finish_reason": "stop"}]})
         elif kind == "truncated":
             body = json.dumps(value).encode()
             self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body[: len(body) // 2])

@@ -208,9 +208,9 @@ def test_tasks_are_made_of_accepted_turns_alone():
     chats = {"c": chat("c", "質問", "答え", source="slimorca", licence="MIT")}
     turns = [{"id": "c", "turn": n, "source": source, "translation": translation, "status": status} for n, (source, translation, status) in enumerate((
         ("A {text} and a question?", "{text}と質問？", "translated"), ("An answer.", "", "skipped"), ("Long. " * 50, "長い。" * 50, "translated"),
-        ("https://example.com", "https://example.com", "translated"), ("Half.", "半", "failed")))] + [{"id": "gone", "turn": 0, "source": "Lost.", "translation": "失われた。", "status": "translated"}]
+        ("https://example.com", "https://example.com", "translated"), ("Half.", "半", "failed"), ("A reply.", "訳さずに書いた返事", "backfilled")))] + [{"id": "gone", "turn": 0, "source": "Lost.", "translation": "失われた。", "status": "translated"}]
     tasks, dropped = translation_tasks(turns, chats, 100, 0)
-    assert len(tasks) == 1 and dropped == {"turn without an accepted translation": 4, "turn too long for a task": 1}
+    assert len(tasks) == 1 and dropped == {"turn without an accepted translation": 5, "turn too long for a task": 1}
     row = tasks[0]
     assert (row["source"], row["licence"], row["parent"], row["origin"]) == ("slimorca", "MIT", "c", "task")
     asked, answer = (message["content"] for message in row["messages"])
@@ -218,6 +218,8 @@ def test_tasks_are_made_of_accepted_turns_alone():
     many = translation_tasks([{**turns[0], "turn": n} for n in range(400)], chats, 100, 0)[0]
     assert 0.4 < sum(row["lang"] == "ja" for row in many) / 400 < 0.6 and all(sum(option.count("{text}") == 1 for option in options) == 5 for options in sft_data.task_wordings().values())
     assert len({row["messages"][0]["content"] for row in many}) == 10
+    two = translation_tasks([{**turns[0], "part": part} for part in range(2)], chats, 100, 0)[0]
+    assert [row["id"] for row in two] == ["task/c#0", "task/c#0.1"]
 
 
 def test_dsir_draws_what_looks_like_the_target_and_the_same_in_any_order():
@@ -271,7 +273,7 @@ def test_the_card_is_read_by_the_hub_and_tells_what_a_person_must_know(tiny):
     assert front["language"] == ["ja", "en"] and front["license"] == "apache-2.0" and front["task_categories"] == ["text-generation"] and front["size_categories"] == ["n<1K"]
     assert front["configs"] == [{"config_name": "default", "data_files": [{"split": "train", "path": "train.parquet"}, {"split": "heldout", "path": "heldout.parquet"}]}]
     assert {"sft", "japanese", "translated", "synthetic"} <= {*front["tags"]}
-    for said in ("| strong | stronger | 1 | 80 | 60 | 1.50 |", "Together 1.50 USD", "no model wrote or translated those rows", "## What was left out", "- over the cap: ", "## Limits", "| english | 0.060 |"):
+    for said in ("| strong | stronger | 1 | 80 | 60 | 1.50 |", "Together 1.50 USD", "it runs no model", "## What was left out", "- over the cap: ", "## Limits", "| english | 0.060 |"):
         assert said in body, said
     assert all(f"- {reason}: {count}" in body for reason, count in tiny[0]["dropped"].items())
 
