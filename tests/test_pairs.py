@@ -247,8 +247,11 @@ def test_the_stage_balances_and_says_where_every_row_is_from(made, inputs):
     assert sum(each["records"] for each in work.licences) == frame.height
 
 
-def test_metrics_tell_the_gaps(made):
+def test_metrics_tell_the_gaps(made, inputs, scored_file):
     metrics = made[1]
+    assert metrics["models"][0]["answers"] == sum(metrics["strong_attempts"].values()) > 0 and metrics["models"][0]["usd"] == 0
+    [row] = pairs.bill(config_for(scored_file), inputs["51_sft"].path.parent).rows
+    assert (row["requests"], row["answered"], row["usd"]) == (13, 0, 0)  # 43 conversations, 30 of them with their own replies
     assert metrics["strong_attempts"]["accepted"] >= 10
     for side in ("chosen", "rejected"):
         leaks = metrics["leaks"][side]
