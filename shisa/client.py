@@ -165,7 +165,7 @@ class Client:
         self.concurrency, self.timeout_seconds, self.wire_tries = concurrency, timeout_seconds, wire_tries
         self.max_tokens, self.backoff_seconds = max_tokens, backoff_seconds
         known = {endpoint: Line(endpoint.check()) for some in endpoints.values() for endpoint in some}
-        self.lines = {model: [known[endpoint] for endpoint in some] for model, some in endpoints.items()}
+        self.lines = {model: [known[endpoint] for endpoint in dict.fromkeys(some)] for model, some in endpoints.items()}
         self.gone: dict[str, list[str]] = {model: [] for model in self.lines}  # why endpoints were set aside
         self.free = {model for model, some in endpoints.items() if all(endpoint.local for endpoint in some)}
         self.turns = dict.fromkeys(self.lines, 0)

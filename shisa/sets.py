@@ -64,7 +64,7 @@ def scored(completions: Iterable[Mapping[str, Any]], told: Counter[str]) -> list
         response, (score, wrong) = text_of(completion.get("response")), overall_score(completion)
         told[wrong if response.strip() else "empty completion"] += 1
         if response.strip():
-            key = (-(score or 0), -(fine_grained(completion) or 0), hashlib.sha256(response.encode("utf-8", "replace")).hexdigest())
+            key = (score is None, -(score or 0), -(fine_grained(completion) or 0), hashlib.sha256(response.encode("utf-8", "replace")).hexdigest())
             found.append((key, {"model": text_of(completion.get("model")), "response": response, "score": score}))
     del told[""]
     return [answer for _, answer in sorted(found, key=lambda item: item[0])]

@@ -97,6 +97,7 @@ def test_outputs_are_fresh():
     assert book.stale(ROOT) == [], "run: shisa refresh"
 
 
-def test_at_most_52_modules():
-    # one for each row of DESIGN.md.s table (37), and config, models, packing, losses, tuning, cost, claims, report, cli, pieces, kept, faults, store, client, bundled, sets
-    assert len(MODULES) <= 52
+def test_at_most_64_modules():
+    # one for each row of DESIGN.md's table (37), chapter 39, and rooms that keep files short: config, models, packing, losses, tuning, cost, claims,
+    # report, cli, book, pieces, kept, amounts, language, talk, faults, store, wire, client, bundled, shapes, sets, anew, novelty, card, sides, prompts
+    assert len(MODULES) <= 64

@@ -238,7 +238,7 @@ def test_a_category_that_does_not_fill_stops_the_stage_aloud(tmp_path):
     config = Config(categories=("math",), wanted=6, slow=0.0, spoilt=0.0, patience=2)
     with pytest.raises(ShisaError, match=r"math has 5 of 6 after 4 batches \(similar \d+\); raise patience"):
         run_stage("42_generate", "tiny", tmp_path, config=config)
-    with pytest.raises(ShisaError, match="no prompt for poetry"):
+    with pytest.raises(ShisaError, match="no prompt generate/poetry"):
         run_stage("42_generate", "tiny", tmp_path, config=Config(categories=("poetry",)))
     assert not (tmp_path / "42_generate").exists()
 
