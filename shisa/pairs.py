@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TALK', 'SCHEMA', 'STAGE', 'chosen_fault', 'candidates', 'scored_rows', 'PairsConfig', 'config', 'open_endpoints',
-           'strong_answer', 'strong_answers', 'sample_fault', 'take_sample', 'Fates', 'read_scored', 'clean_prompts',
-           'answered', 'pair_up', 'run', 'finish', 'plot']
+           'strong_answer', 'strong_answers', 'bill', 'sample_fault', 'take_sample', 'Fates', 'read_scored',
+           'clean_prompts', 'answered', 'pair_up', 'run', 'finish', 'plot']
 
-# %% ../nbs/60_pairs.ipynb #004c667e
+# %% ../nbs/60_pairs.ipynb #353ab564
 import asyncio
 import hashlib
 import heapq
@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import polars as pl
 from .bundled import BUNDLED_STRONGER, Rates, bundled_server
-from .client import Client, Endpoint, endpoints_from_environment, map_bounded
+from .client import Client, Endpoint, Used, bill_rows, count_answer, endpoints_from_environment, map_bounded
 from .config import ShisaError, StageConfig, file_sha256, identity, markdown_table, numeric, placement
 from .evalsets import data_fingerprint, evaluation_texts
 from .leaks import stray_spans
@@ -35,7 +35,7 @@ from shisa.sides import (
 )
 from .split import contaminated
 from .stage import Artifact, Stage, Work, need, run_stage
-from .store import AnswerStore, Spend, caps_from_environment
+from .store import AnswerStore, Bill, Spend, caps_from_environment
 from .text import normalise
 from .validate import check_reply
 
@@ -91,7 +91,7 @@ def scored_rows(rows: Sequence[Row], translated: Mapping[str, list], config: "Pa
         low = (row["score"] or 0) < config.least_score_pair
         yield found, "low score" if low else "" if pair else "small margin"
 
-# %% ../nbs/60_pairs.ipynb #725816e5
+# %% ../nbs/60_pairs.ipynb #d71801b1
 class PairsConfig(StageConfig):
     """Which prompts, who answers them, and what makes a pair useless."""
 
@@ -107,7 +107,7 @@ class PairsConfig(StageConfig):
     margin: float = identity(1.0, "how much lower the other answer of the set must score", gt=0)
     lower: Literal["lowest", "random"] = identity("random", "which of the lower answers")
     answerer: Literal["bundled", "openai"] = identity("bundled", "who plays the strong model: the bundled server, or any endpoint")
-    model: str = identity(BUNDLED_STRONGER, "the strong model; SHISA_STRONGER_MODEL names it, SHISA_STRONGER_BASE_URL where it is served")
+    stronger: str = identity(BUNDLED_STRONGER, "the strong model; SHISA_STRONGER_MODEL names it, SHISA_STRONGER_BASE_URL where it is served")
     attempts: int = identity(2, "attempts at an answer of the strong model, each 0.3 hotter", ge=1)
     answer_tokens: int = identity(1024, "tokens that an answer of the strong model may take", ge=1)
     spoilt: float = identity(0.2, "bundled: share of answers that are spoilt", ge=0, le=1)
@@ -139,10 +139,10 @@ def config(profile: str) -> PairsConfig:
         "h100": {**large, "from_training": 2000, "max_new_tokens": 256, "batch_size": 256},
         "a100x16": {**large, "from_training": 0, "from_stronger": 20000, "scored": "openbmb/UltraFeedback", "from_scored": 10000,
                     "pairs_scored": 20000, "answerer": "openai", "spoilt": 0.0, "heldout_share": 0.02, "concurrency": 64,
-                    "model": os.environ.get("SHISA_STRONGER_MODEL", "gpt-4.1"), **caps_from_environment()},
+                    "stronger": os.environ.get("SHISA_STRONGER_MODEL", "gpt-4.1"), **caps_from_environment()},
     }[profile])
 
-# %% ../nbs/60_pairs.ipynb #2d3bb6c9
+# %% ../nbs/60_pairs.ipynb #f87a94e9
 @contextmanager
 def open_endpoints(config: PairsConfig) -> Iterator[list[Endpoint]]:
     """Where the strong model is asked; the bundled server lives as long as the context."""
@@ -153,11 +153,12 @@ def open_endpoints(config: PairsConfig) -> Iterator[list[Endpoint]]:
         yield [Endpoint(url, "SHISA_BUNDLED_API_KEY")]
 
 
-async def strong_answer(client: Client, config: PairsConfig, row: Row) -> tuple[str, list[str]]:
+async def strong_answer(client: Client, config: PairsConfig, used: Used, row: Row) -> tuple[str, list[str]]:
     """(the answer to a row's prompt or "", why attempts at it were refused)."""
     refused: list[str] = []
     for seed in range(config.attempts):
-        answer = await client.ask(config.model, row["prompt"], seed, round(0.3 * seed, 3), config.answer_tokens)
+        answer = await client.ask(config.stronger, row["prompt"], seed, round(0.3 * seed, 3), config.answer_tokens)
+        count_answer(used, config.stronger, "chosen answers", answer)
         told = {"length": "chosen: truncated", "content_filter": "chosen: refused", "stop": ""}.get(answer.finish, answer.finish)
         reason = told or chosen_fault({**row, "chosen": _said(answer.text)})
         if not reason:
@@ -166,19 +167,31 @@ async def strong_answer(client: Client, config: PairsConfig, row: Row) -> tuple[
     return "", refused
 
 
-def strong_answers(config: PairsConfig, rows: Sequence[Row], work: Work) -> list[tuple[str, list[str]]]:
-    """`strong_answer` for every row, `config.concurrency` at a time, in the order of `rows`."""
-    async def ask_all(endpoints: list[Endpoint], store: AnswerStore) -> list[tuple[str, list[str]]]:
-        found, spend = [], Spend(config.cap_usd, config.cap_tokens)
-        async with Client(store, {config.model: endpoints}, spend, config.concurrency, config.timeout_seconds) as client:
+def strong_answers(config: PairsConfig, rows: Sequence[Row], fates: "Fates") -> list[tuple[str, list[str]]]:
+    """`strong_answer` for every row, `config.concurrency` at a time, in the order of `rows`; what was used goes into `fates`."""
+    async def ask_all(client: Client) -> list[tuple[str, list[str]]]:
+        found = []
+        async with client:
             await client.check()
-            async for place, result in map_bounded(partial(strong_answer, client, config), rows, config.concurrency):
+            async for place, result in map_bounded(partial(strong_answer, client, config, fates.used), rows, config.concurrency):
                 found.append(result)
-                work.progress("the strong model answers", place + 1, len(rows))
+                fates.work.progress("the strong model answers", place + 1, len(rows))
         return found
 
-    with open_endpoints(config) as endpoints, closing(AnswerStore.of(work)) as store, ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, ask_all(endpoints, store)).result()  # a thread: a notebook's own loop is busy
+    with open_endpoints(config) as endpoints, closing(AnswerStore.of(fates.work)) as store, ThreadPoolExecutor(1) as pool:
+        spend = Spend(config.cap_usd, config.cap_tokens)
+        client = Client(store, {config.stronger: endpoints}, spend, config.concurrency, config.timeout_seconds)
+        found = pool.submit(asyncio.run, ask_all(client)).result()  # a thread: a notebook's own loop is busy
+        fates.models = bill_rows(fates.used, client.price)
+    return found
+
+
+def bill(config: PairsConfig, root: Path) -> Bill:
+    """What asking the strong model costs, less what the store of the run in `root` holds. Nothing is sent."""
+    rows = candidates(Artifact(root / "43_sft_data").table("train.parquet"), False, config.from_training, config.from_stronger)
+    requests = [{"model": config.stronger, "messages": row["prompt"], "max_tokens": config.answer_tokens} for row in rows if row["chosen"] is None]
+    with closing(AnswerStore(root / "store" / "answers.sqlite")) as store, open_endpoints(config) as endpoints:
+        return Client(store, {config.stronger: endpoints}, say=lambda line: None).estimate(requests)
 
 # %% ../nbs/60_pairs.ipynb #98515771
 def sample_fault(row: Row, text: str, stopped: bool, config: PairsConfig) -> str | None:
@@ -198,7 +211,7 @@ def take_sample(row: Row, samples: Sequence[Row], config: PairsConfig) -> tuple[
     gap = partial(length_ratio, row["chosen"][0]["content"])
     return (min(usable, key=lambda sample: gap(sample["text"])) if config.pick == "length" else usable[0]), None
 
-# %% ../nbs/60_pairs.ipynb #fb438e3b
+# %% ../nbs/60_pairs.ipynb #ee534938
 TALK = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 SCHEMA = {"id": pl.String, "prompt": TALK, "chosen": TALK, "rejected": TALK, "source": pl.String, "licence": pl.String, "origin": pl.String,
           "temperature": pl.Float64, "chosen_model": pl.String, "rejected_model": pl.String, "score_chosen": pl.Float64,
@@ -213,6 +226,8 @@ class Fates:
     total: int
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     attempts: Counter[str] = field(default_factory=Counter)  # of the strong model, by what became of them
+    used: Used = field(default_factory=dict)
+    models: list[dict[str, Any]] = field(default_factory=list)
 
     def drop(self, row: Row, reason: str, excerpt: str = "", where: str = "") -> None:
         """Count a prompt that gives no pair, and keep it as a reject."""
@@ -261,12 +276,12 @@ def clean_prompts(rows: Sequence[Row], heldout: pl.DataFrame, config: PairsConfi
 def answered(config: PairsConfig, rows: Sequence[Row], fates: Fates) -> list[Row]:
     """The rows with a good answer: the strong model is asked where there is none, and every answer is judged."""
     asked = [row for row in rows if row["chosen"] is None]
-    told = dict(zip((row["id"] for row in asked), strong_answers(config, asked, fates.work) if asked else [], strict=True))
+    told = dict(zip((row["id"] for row in asked), strong_answers(config, asked, fates) if asked else [], strict=True))
     kept = []
     for row in rows:
         text, refused = told.get(row["id"], ("", []))
         fates.attempts.update(refused + ["accepted"] * bool(text))
-        row = {**row, "chosen": _said(text), "chosen_model": config.model} if row["id"] in told and text else row
+        row = {**row, "chosen": _said(text), "chosen_model": config.stronger} if row["id"] in told and text else row
         if reason := chosen_fault(row) if row["chosen"] else refused[-1]:
             fates.drop(row, reason, row["chosen"][0]["content"] if row["chosen"] else "; ".join(refused))
         else:
@@ -332,16 +347,13 @@ def finish(config: PairsConfig, kept: Sequence[Row], drawn: pl.DataFrame, fates:
     held = {row["id"] for row in kept if by_hash(row["id"], "heldout") < config.heldout_share}
     if len(kept) - len(held) < 2 or not held:
         raise ShisaError(f"60_pairs: {len(kept)} usable pairs of {fates.total} ({dict(dropped)}): too few; add prompts")
-    for name, wanted in (("pairs.parquet", False), ("heldout.parquet", True)):
-        rows = [{key: row.get(key) for key in SCHEMA} for row in kept if (row["id"] in held) == wanted]
-        pl.DataFrame(rows, schema=SCHEMA).write_parquet(work.path / name)
     frame = pl.DataFrame([{key: row.get(key) for key in SCHEMA} for row in kept], schema=SCHEMA)
+    for name, wanted in (("pairs.parquet", False), ("heldout.parquet", True)):
+        frame.filter(pl.col("id").is_in(sorted(held)) == wanted).write_parquet(work.path / name)
     work.licences += frame.group_by("source", "licence").agg(records=pl.len().cast(pl.Int64)).sort("source", "licence").to_dicts()
-    by_source: dict[str, Counter] = {}
-    for (source, reason), count in fates.dropped.items():
-        by_source.setdefault(source, Counter())[reason] += count
-    for row in kept:
-        by_source.setdefault(row["source"].partition("/")[0], Counter())["kept"] += 1
+    ends, by_source = fates.dropped + Counter((row["source"].partition("/")[0], "kept") for row in kept), {}
+    for (source, reason), count in sorted(ends.items()):
+        by_source.setdefault(source, {})[reason] = count
 
     def counts(column: str) -> dict[str, int]:
         return {str(value): count for value, count in sorted(Counter(frame[column].drop_nulls()).items())}
@@ -349,9 +361,8 @@ def finish(config: PairsConfig, kept: Sequence[Row], drawn: pl.DataFrame, fates:
     finished = drawn.group_by("temperature").agg(samples=pl.len(), unfinished=(~pl.col("stopped")).sum(), empty=(pl.col("text") == "").sum(),
                                                  tokens=pl.col("tokens").mean()).sort("temperature")
     return {"prompts": fates.total, "pairs": len(kept) - len(held), "heldout": len(held), "dropped": dict(sorted(dropped.items())),
-            "by_source": {source: dict(sorted(found.items())) for source, found in sorted(by_source.items())},
-            "by_temperature": counts("temperature"), "by_origin": counts("origin"), "by_chosen_model": counts("chosen_model"),
-            "strong_attempts": dict(sorted(fates.attempts.items())), "samples": finished.to_dicts(), **gaps(kept)}
+            "by_source": by_source, "by_temperature": counts("temperature"), "by_origin": counts("origin"), "by_chosen_model": counts("chosen_model"),
+            "models": fates.models, "strong_attempts": dict(sorted(fates.attempts.items())), "samples": finished.to_dicts(), **gaps(kept)}
 
 
 def _outside(config: PairsConfig) -> dict[str, str]:

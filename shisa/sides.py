@@ -113,7 +113,7 @@ def scored_pair(row: Row, margin: float, which: Literal["lowest", "random"]) -> 
     place = int(by_hash(row["id"], "lower") * len(lower)) if which == "random" else len(lower) - 1
     return (scored[0], lower[place]) if lower else None
 
-# %% ../nbs/lib/26_sides.ipynb #ee34c16a
+# %% ../nbs/lib/26_sides.ipynb #be50668f
 def draw(folder: Path, prompts: Sequence[tuple[str, list[dict]]], scratch: Path, temperatures: Sequence[float], samples: int, most_tokens: int,
          batch_size: int, seed: int, dtype: str = "float32", device: str = "auto", say: Callable[..., Any] = lambda *told: None) -> pl.DataFrame:
     """{id, number, temperature, text, tokens, stopped} of `samples` answers of the model in `folder` to each (id, messages).
@@ -137,7 +137,8 @@ def draw(folder: Path, prompts: Sequence[tuple[str, list[dict]]], scratch: Path,
         write_shard(pl.DataFrame([{"id": id, "number": number, "temperature": temperature, "text": reply.text, "tokens": reply.tokens,
                                    "stopped": reply.stopped} for (id, _), reply in zip(part, replies, strict=True)]), path)
         say("the model answers", done, len(todo))
-    return pl.concat([pl.read_parquet(path) for *_, path in todo]).sort("id", "number")
+    empty = pl.DataFrame(schema={"id": pl.String, "number": pl.Int64, "temperature": pl.Float64, "text": pl.String, "tokens": pl.Int64, "stopped": pl.Boolean})
+    return pl.concat([empty, *(pl.read_parquet(path) for *_, path in todo)]).sort("id", "number")
 
 # %% ../nbs/lib/26_sides.ipynb #1e1d4b17
 def length_panel(axes: Any, frame: pl.DataFrame) -> None:

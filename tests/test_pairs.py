@@ -177,6 +177,12 @@ def test_draws_go_on_from_the_last_batch_with_the_same_bytes(own_model, tmp_path
     assert not sides.draw(own_model, prompts, tmp_path / "c", **{**DRAW, "seed": 4}).equals(whole)
 
 
+def test_a_set_alone_needs_no_model(inputs, scored_file, tmp_path):
+    config = pairs.PairsConfig(from_sample=False, from_training=0, from_stronger=0, scored=str(scored_file), pairs_scored=30, longest_ratio=0)
+    metrics = pairs.run(config, inputs, fates_in(tmp_path).work)
+    assert metrics["by_origin"] == {"set": metrics["pairs"] + metrics["heldout"]} and metrics["samples"] == [] and metrics["models"] == []
+
+
 def test_the_nearest_in_length_is_taken():
     row = {"id": "a", "prompt": [{"role": "user", "content": "りんごは何ですか。"}], "chosen": [{"content": "果物の仲間です。"}]}
     drawn = [{"text": text, "stopped": stopped} for text, stopped in (("", True), ("車。", True), ("楽器の仲間だ。", True), ("果物の", False))]
@@ -247,8 +253,11 @@ def test_the_stage_balances_and_says_where_every_row_is_from(made, inputs):
     assert sum(each["records"] for each in work.licences) == frame.height
 
 
-def test_metrics_tell_the_gaps(made):
+def test_metrics_tell_the_gaps(made, inputs, scored_file):
     metrics = made[1]
+    assert metrics["models"][0]["answers"] == sum(metrics["strong_attempts"].values()) > 0 and metrics["models"][0]["usd"] == 0
+    [row] = pairs.bill(config_for(scored_file), inputs["51_sft"].path.parent).rows
+    assert (row["requests"], row["answered"], row["usd"]) == (13, 0, 0)  # 43 conversations, 30 of them with their own replies
     assert metrics["strong_attempts"]["accepted"] >= 10
     for side in ("chosen", "rejected"):
         leaks = metrics["leaks"][side]
