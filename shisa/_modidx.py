@@ -665,6 +665,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'shisa.pairs._outside': ('pairs.html#_outside', 'shisa/pairs.py'),
                              'shisa.pairs._said': ('pairs.html#_said', 'shisa/pairs.py'),
                              'shisa.pairs.answered': ('pairs.html#answered', 'shisa/pairs.py'),
+                             'shisa.pairs.bill': ('pairs.html#bill', 'shisa/pairs.py'),
                              'shisa.pairs.candidates': ('pairs.html#candidates', 'shisa/pairs.py'),
                              'shisa.pairs.chosen_fault': ('pairs.html#chosen_fault', 'shisa/pairs.py'),
                              'shisa.pairs.clean_prompts': ('pairs.html#clean_prompts', 'shisa/pairs.py'),
