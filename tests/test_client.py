@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -794,37 +793,3 @@ def test_killed_at_random_moments_nothing_is_lost_doubled_or_paid_twice(tmp_path
     print(json.dumps({"kills": kills, "requests": sum(len(events) for events, *_ in found), "asked again after a kill": repeated,
                       "paid twice": twice, "known to the store as perhaps": held["repeated"], "most in flight": most}))
     assert twice == 0 if honours_keys else twice <= held["repeated"]
-
-
-# a real server
-
-
-def test_transformers_serve_answers_through_the_client(finished_run, store, tmp_path):
-    """The run's own chat model behind `transformers serve`, end to end; asked again, nothing is sent."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    model, cache, log = str(finished_run / "51_sft" / "model"), tmp_path / "cache", tmp_path / "log"
-    cache.mkdir()
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", model, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-
-    async def go():
-        endpoint, deadline = Endpoint(f"http://127.0.0.1:{port}/v1"), time.monotonic() + 120
-        while True:
-            try:
-                async with Client(store, {model: [endpoint]}, concurrency=4, max_tokens=24) as client:
-                    await client.check()
-                    ask = [{"model": model, "messages": user(text)} for text in ("What is a kettle?", "海とは何ですか。", "What is a kettle?")]
-                    return [answer async for _, answer in map_bounded(lambda request: client.ask(**request), ask, 4)]
-            except ShisaError:
-                assert time.monotonic() < deadline and server.poll() is None, log.read_text()[-2000:]
-                await asyncio.sleep(0.3)
-
-    with open(log, "wb") as heard, subprocess.Popen(command, env=environment, stdout=heard, stderr=heard, cwd=tmp_path) as server:
-        try:
-            first = run(go())
-        finally:
-            server.kill()
-    assert first[0] == first[2] and all(answer.finish in ("stop", "length") and not answer.estimated for answer in first)
-    assert log.read_text().count("POST /v1/chat/completions") == 2 == store.totals()["answers"]

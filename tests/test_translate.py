@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -301,19 +302,19 @@ def served(model: Path):
 
 
 @pytest.mark.slow
-def test_the_runs_own_model_translates_behind_a_real_server(finished_run, tmp_path, monkeypatch):
+def test_the_runs_own_model_translates_behind_a_real_server_and_is_asked_once(finished_run, tmp_path, monkeypatch):
     pytest.importorskip("uvicorn", reason="transformers serve needs the extra [serve]")
-    import shutil
-
-    model = tmp_path / "model"
+    model, counts = tmp_path / "model", []
     shutil.copytree(finished_run / "51_sft" / "model", model)
     with served(model) as url:
         monkeypatch.setenv("SHISA_FIRST_BASE_URL", url)
-        config = Config(translator="openai", first=str(model), stronger=str(model), sources=(SetSpec(name="sample", limit=6),), attempts=2,
-                        max_tokens=64, concurrency=4, timeout_seconds=120)
-        try:
-            done = run_stage("41_translate", "tiny", tmp_path / "out", config=config)
-            refused = sum(done.metrics["refused"].values())
-        except ShisaError as error:  # a model of 128 dimensions may fail at all of them, and then says so
-            refused = int(re.search(r"none of 6 conversations .*\(most often: \w+, (\d+) answers\)", str(error))[1])
-        assert refused and answers_in(tmp_path / "out" / "store" / "answers.sqlite") >= 12
+        config = Config(translator="openai", first=str(model), stronger=str(model), sources=(SetSpec(name="sample", limit=4),), attempts=2,
+                        max_tokens=24, concurrency=4, timeout_seconds=120)
+        for _ in range(2):
+            try:
+                counts.append(sum(run_stage("41_translate", "tiny", tmp_path / "out", config=config, rebuild=True).metrics["refused"].values()))
+            except ShisaError as error:  # a model of 128 dimensions may fail at all of them, and then says so
+                counts.append(int(re.search(r"none of 4 conversations .*\(most often: \w+, (\d+) answers\)", str(error))[1]))
+            shutil.rmtree(tmp_path / "out" / "41_translate", ignore_errors=True)
+        asked = (tmp_path / "serve.log").read_text().count("POST /v1/chat/completions")
+    assert counts[0] == counts[1] > 0 and asked == answers_in(tmp_path / "out" / "store" / "answers.sqlite") >= 8
