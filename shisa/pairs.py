@@ -7,7 +7,7 @@ __all__ = ['TALK', 'SCHEMA', 'STAGE', 'chosen_fault', 'candidates', 'scored_rows
            'strong_answer', 'strong_answers', 'bill', 'sample_fault', 'take_sample', 'Fates', 'read_scored',
            'clean_prompts', 'answered', 'pair_up', 'run', 'finish', 'plot']
 
-# %% ../nbs/60_pairs.ipynb #353ab564
+# %% ../nbs/60_pairs.ipynb #cf46ccb4
 import asyncio
 import hashlib
 import heapq
@@ -31,7 +31,7 @@ from .leaks import stray_spans
 from .sample import SAMPLE_LICENCE, data_folder, preferences, sample_file
 from .sets import read_ultrafeedback, set_files
 from shisa.sides import (
-    Row, by_hash, draw, gaps, in_other_language, language_panel, length_panel, length_ratio, refusal, scored_pair, wanted_language,
+    Drawing, Row, by_hash, draw, gaps, in_other_language, language_panel, length_panel, length_ratio, refusal, scored_pair, wanted_language,
 )
 from .split import contaminated
 from .stage import Artifact, Stage, Work, need, run_stage
@@ -91,7 +91,7 @@ def scored_rows(rows: Sequence[Row], translated: Mapping[str, list], config: "Pa
         low = (row["score"] or 0) < config.least_score_pair
         yield found, "low score" if low else "" if pair else "small margin"
 
-# %% ../nbs/60_pairs.ipynb #d71801b1
+# %% ../nbs/60_pairs.ipynb #2f0ab024
 class PairsConfig(StageConfig):
     """Which prompts, who answers them, and what makes a pair useless."""
 
@@ -123,6 +123,7 @@ class PairsConfig(StageConfig):
     heldout_share: float = identity(0.2, "share of pairs that nothing trains on", gt=0, lt=1)
     seed: int = identity(0, "sampling")
     dtype: str = numeric("float32", "weights: float32 | bfloat16")
+    processes: int = numeric(1, "processes that share the batches, each with a whole copy of the model", ge=1)
     device: str = placement("auto", "cpu | cuda | auto")
     concurrency: int = placement(16, "requests to the strong model at once", ge=1)
     timeout_seconds: float = placement(120.0, "wait for an answer of the strong model", gt=0)
@@ -138,7 +139,7 @@ def config(profile: str) -> PairsConfig:
         "small": {"longest_ratio": 28.0, "from_training": 64, "max_new_tokens": 128, "batch_size": 96, "evaluation": "all"},
         "h100": {**large, "from_training": 2000, "max_new_tokens": 256, "batch_size": 256},
         "a100x16": {**large, "from_training": 0, "from_stronger": 20000, "scored": "openbmb/UltraFeedback", "from_scored": 10000,
-                    "pairs_scored": 20000, "answerer": "openai", "spoilt": 0.0, "heldout_share": 0.02, "concurrency": 64,
+                    "pairs_scored": 20000, "answerer": "openai", "spoilt": 0.0, "heldout_share": 0.02, "processes": 16, "concurrency": 64,
                     "stronger": os.environ.get("SHISA_STRONGER_MODEL", "gpt-4.1"), **caps_from_environment()},
     }[profile])
 
@@ -211,7 +212,7 @@ def take_sample(row: Row, samples: Sequence[Row], config: PairsConfig) -> tuple[
     gap = partial(length_ratio, row["chosen"][0]["content"])
     return (min(usable, key=lambda sample: gap(sample["text"])) if config.pick == "length" else usable[0]), None
 
-# %% ../nbs/60_pairs.ipynb #ee534938
+# %% ../nbs/60_pairs.ipynb #0ab6cbd1
 TALK = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 SCHEMA = {"id": pl.String, "prompt": TALK, "chosen": TALK, "rejected": TALK, "source": pl.String, "licence": pl.String, "origin": pl.String,
           "temperature": pl.Float64, "chosen_model": pl.String, "rejected_model": pl.String, "score_chosen": pl.Float64,
@@ -238,8 +239,7 @@ class Fates:
 def read_scored(config: PairsConfig, translations: pl.DataFrame, fates: Fates) -> list[Row]:
     """The candidates of the scored set; records that cannot be used, low scores and small margins are counted."""
     rows = read_ultrafeedback(config.scored, config.revision, drop=fates.work.reject)
-    most = config.from_scored + config.pairs_scored
-    taken = heapq.nsmallest(most, rows, key=lambda row: by_hash(row["id"], "scored"))
+    taken = heapq.nsmallest(config.from_scored + config.pairs_scored, rows, key=lambda row: by_hash(row["id"], "scored"))
     fates.total += len(taken) + rows.dropped.total()
     fates.dropped.update({(rows.source, reason): count for reason, count in rows.dropped.items()})
     wanted = translations.filter(pl.col("id").is_in([row["id"] for row in taken]))
@@ -325,12 +325,14 @@ def run(config: PairsConfig, inputs: dict[str, Artifact], work: Work) -> dict[st
         sizes[row["id"]] = len(prompt_ids(tokenizer, row["prompt"]))
         return sizes[row["id"]] + config.max_new_tokens <= context
 
-    rows = answered(config, clean_prompts(rows, training.table("heldout.parquet"), config, fits, fates), fates)
+    rows = clean_prompts(rows, training.table("heldout.parquet"), config, fits, fates)
     work.seeds["sampling"] = config.seed
+    # also where the strong model fails: what a batch holds must not depend on its server
     asked = sorted((row for row in rows if not row.get("rejected")), key=lambda row: (sizes[row["id"]], row["id"]))
-    drawn = draw(folder, [(row["id"], row["prompt"]) for row in asked], work.scratch / "drawn", config.temperatures, config.samples,
-                 config.max_new_tokens, config.batch_size, config.seed, config.dtype, config.device, work.progress)
-    kept = pair_up(config, rows, drawn, f"51_sft {inputs['51_sft'].manifest['fingerprint'][:12]}", fates)
+    good = answered(config, rows, fates)
+    how = Drawing(**{name: getattr(config, name) for name in Drawing.__dataclass_fields__})
+    drawn = draw(folder, [(row["id"], row["prompt"]) for row in asked], work.scratch / "drawn", how, config.processes, work.progress)
+    kept = pair_up(config, good, drawn, f"51_sft {inputs['51_sft'].manifest['fingerprint'][:12]}", fates)
     for row in kept:
         for side in ("chosen", "rejected"):
             text = row[side][0]["content"]
@@ -369,8 +371,7 @@ def _outside(config: PairsConfig) -> dict[str, str]:
     found = {"preferences": file_sha256(sample_file("preferences.jsonl"))} if config.from_sample else {}
     if config.scored and Path(config.scored).expanduser().exists():
         found |= {f"scored/{entry['name']}": file_sha256(Path(entry["path"])) for entry in set_files(config.scored)[0]}
-    found["evaluation"] = file_sha256(sample_file("evaluation.jsonl"))
-    return found | (data_fingerprint(data_folder()) if config.evaluation == "all" else {})
+    return found | {"evaluation": file_sha256(sample_file("evaluation.jsonl"))} | (data_fingerprint(data_folder()) if config.evaluation == "all" else {})
 
 
 STAGE = Stage("60_pairs", 2, ("41_translate", "43_sft_data", "51_sft"), config, run, _outside)
