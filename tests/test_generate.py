@@ -1,6 +1,7 @@
 """Instructions written as Japanese: the list reader, the checks, the index of likeness, and the stage under faults."""
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from shisa import generate
 from shisa.bundled import BUNDLED, BUNDLED_STRONGER, STRAY, Rates, bundled_server, replies, rewordings
 from shisa.config import ShisaError, SpendCapReached
+from shisa.evalsets import read_bytes
 from shisa.generate import CATEGORIES, Config, bill, draw_topics, existing_texts, list_messages, topics
 from shisa.novelty import PATTERNS, SimilarityIndex, check_instruction, parse_list
-from shisa.sample import instructions, japanese
+from shisa.sample import data_folder, instructions, japanese
 from shisa.stage import run_stage
 from shisa.store import AnswerStore
 
@@ -74,12 +76,17 @@ def test_every_planted_entry_is_refused_for_its_reason():
     assert check_instruction(f"{rows[0]}\n指示2：{rows[1]}").reason == "leftover"
     assert check_instruction("1. 猫について俳句を詠んでください。").reason == "leftover"
     assert check_instruction("あ" * 2000).reason == "too_long"
+    for text in ("この文章から年号を抜き出してください。", "本文から登場人物を挙げてください。", "映画「春の海」の題を、与えられた文章から抜き出してください。", "次の記事の要点を三つにまとめてください。"):
+        assert check_instruction(text).reason == "missing"
+    for text in ("次の文章を要約してください。\n\nこの写真を見るたびに、祖母を思い出す。添付した画像を見ても、声までは聞こえない。", "この文章の題を考えてください。\n\n朝、窓を開けると雪だった。"):
+        assert check_instruction(text) is None
 
 
 @pytest.mark.parametrize("text", [
     "資料を添付したことを伝えるメールを、課長あてに書いてください。", "次の文化祭の出し物の案を五つ考えてください。", "Pythonのリスト内包表記を説明してください。",
     "「I can't believe it.」は、日本語ではどう言えば自然ですか。", "次の言葉を使って短歌を詠んでください。「朝顔」「窓」", "写真をきれいに撮るコツを三つ教えてください。",
     "ログインができません。考えられる原因を順に挙げてください。", "次の文を敬語に直してください：明日そっちに行くから待ってて。", "あなたは旅館の番頭です。客を迎えてください。",
+    "ChatGPTのような道具を、高校の授業でどう使えばよいですか。", "次の数を小さい順に並べてください： 8, 5, 2", "『Laws of the Game』とは何の規則ですか。やさしく教えてください。",
     "次の文を短くしてください。\n\n私は昨日、友達と一緒に、駅前に新しくできた店へ行きました。", "地図の読み方を、初めて山に登る人に教えてください。",
 ])
 def test_good_instructions_pass(text):
@@ -89,6 +96,29 @@ def test_good_instructions_pass(text):
 def test_the_sample_and_its_second_wordings_pass():
     for row in instructions():
         assert all(check_instruction(text) is None for text in (row["instruction"], *rewordings(row["instruction"])))
+
+
+@pytest.mark.shared
+def test_checks_on_instructions_that_were_not_made_for_them():
+    rows = [json.loads(line) for line in read_bytes(data_folder() / "parallel" / "dolly_ja" / "dolly_ja.jsonl").split(b"\n") if line]
+    reasons = Counter(refusal.reason for row in rows if (refusal := check_instruction(f"{row['instruction']}\n\n{row['input'] or ''}".strip())))
+    assert (reasons.total() - reasons["too_long"]) / len(rows) <= 0.01
+    speak = re.compile("文章|本文|段落|パラグラフ|テキスト|パッセージ|記事|以下|次の")
+    bare = [check_instruction(row["instruction"]) for row in rows if row["input"] and speak.search(row["instruction"])]
+    assert sum(refusal is not None and refusal.reason == "missing" for refusal in bare) / len(bare) >= 0.8
+    whole = [check_instruction(row["instruction"]) for row in rows if not row["input"]]
+    assert sum(refusal is not None and refusal.reason == "missing" for refusal in whole) / len(whole) <= 0.002
+
+
+@pytest.mark.shared
+def test_share_of_other_peoples_instructions_that_are_too_alike():
+    rows = [json.loads(line) for line in read_bytes(data_folder() / "parallel" / "dolly_ja" / "dolly_ja.jsonl").split(b"\n") if line]
+    index, alike = SimilarityIndex(), 0
+    texts = [row["instruction"] for row in rows if not row["input"] and len(row["instruction"]) >= 6]
+    for number, text in enumerate(texts):
+        alike += index.nearest(text)[0] >= Config().threshold
+        index.add(str(number), text)
+    assert 0.05 < alike / len(texts) < 0.12
 
 
 # likeness
