@@ -7,12 +7,13 @@ __all__ = ['TALK', 'SCHEMA', 'STAGE', 'chosen_fault', 'candidates', 'scored_rows
            'strong_answer', 'strong_answers', 'bill', 'sample_fault', 'take_sample', 'Fates', 'read_scored',
            'clean_prompts', 'answered', 'pair_up', 'run', 'finish', 'plot']
 
-# %% ../nbs/60_pairs.ipynb #cf46ccb4
+# %% ../nbs/60_pairs.ipynb #5b6d38cd
 import asyncio
 import hashlib
 import heapq
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,15 +40,15 @@ from .store import AnswerStore, Bill, Spend, caps_from_environment
 from .text import normalise
 from .validate import check_reply
 
-# %% ../nbs/60_pairs.ipynb #f27c3645
+# %% ../nbs/60_pairs.ipynb #0b2dd034
 def chosen_fault(row: Row) -> str:
     """What is wrong with the good answer of a pair ('chosen: …'), or nothing. Only a strong model's is judged for more than language:
     a written answer may well decline."""
     text, wanted = row["chosen"][0]["content"], wanted_language(row["prompt"])
     if not text.strip():
         return "chosen: empty"
-    found = [reason.kind for reason in check_reply(row["prompt"][-1]["content"], text, wanted)] if wanted else []
-    found = found if row["origin"] == "stronger" else [kind for kind in found if kind in ("wrong_language", "chinese")]
+    found = [reason.kind for reason in check_reply(row["prompt"][-1]["content"], text, wanted or "ja")]
+    found = [kind for kind in found if (wanted if kind in ("wrong_language", "chinese") else row["origin"] == "stronger")]
     if not found and wanted and stray_spans(text, wanted):
         found = ["leak"]
     return f"chosen: {found[0]}" if found else ""
@@ -143,7 +144,7 @@ def config(profile: str) -> PairsConfig:
                     "stronger": os.environ.get("SHISA_STRONGER_MODEL", "gpt-4.1"), **caps_from_environment()},
     }[profile])
 
-# %% ../nbs/60_pairs.ipynb #f87a94e9
+# %% ../nbs/60_pairs.ipynb #7a4947d6
 @contextmanager
 def open_endpoints(config: PairsConfig) -> Iterator[list[Endpoint]]:
     """Where the strong model is asked; the bundled server lives as long as the context."""
@@ -160,8 +161,8 @@ async def strong_answer(client: Client, config: PairsConfig, used: Used, row: Ro
     for seed in range(config.attempts):
         answer = await client.ask(config.stronger, row["prompt"], seed, round(0.3 * seed, 3), config.answer_tokens)
         count_answer(used, config.stronger, "chosen answers", answer)
-        told = {"length": "chosen: truncated", "content_filter": "chosen: refused", "stop": ""}.get(answer.finish, answer.finish)
-        reason = told or chosen_fault({**row, "chosen": _said(answer.text)})
+        told = {"length": "chosen: truncated", "content_filter": "chosen: refused", "stop": ""}
+        reason = told.get(answer.finish, answer.finish) or chosen_fault({**row, "chosen": _said(answer.text)})
         if not reason:
             return answer.text.strip(), refused
         refused.append(reason)
@@ -181,7 +182,8 @@ def strong_answers(config: PairsConfig, rows: Sequence[Row], fates: "Fates") -> 
 
     with open_endpoints(config) as endpoints, closing(AnswerStore.of(fates.work)) as store, ThreadPoolExecutor(1) as pool:
         spend = Spend(config.cap_usd, config.cap_tokens)
-        client = Client(store, {config.stronger: endpoints}, spend, config.concurrency, config.timeout_seconds)
+        client = Client(store, {config.stronger: endpoints}, spend, config.concurrency, config.timeout_seconds,
+                        say=partial(print, file=sys.stderr))
         found = pool.submit(asyncio.run, ask_all(client)).result()  # a thread: a notebook's own loop is busy
         fates.models = bill_rows(fates.used, client.price)
     return found
@@ -194,11 +196,11 @@ def bill(config: PairsConfig, root: Path) -> Bill:
     with closing(AnswerStore(root / "store" / "answers.sqlite")) as store, open_endpoints(config) as endpoints:
         return Client(store, {config.stronger: endpoints}, say=lambda line: None).estimate(requests)
 
-# %% ../nbs/60_pairs.ipynb #98515771
+# %% ../nbs/60_pairs.ipynb #962135a3
 def sample_fault(row: Row, text: str, stopped: bool, config: PairsConfig) -> str | None:
     """Why a rejected answer is no use beside the row's chosen one: `refusal`, or 'other language'."""
     found = refusal(row["chosen"][0]["content"], text, stopped, config.near, config.longest_ratio)
-    if found is None and in_other_language(text, wanted_language(row["prompt"])):
+    if not found and in_other_language(text, wanted_language(row["prompt"])):
         return "other language" if by_hash(row["id"], "other language") >= config.other_language else None
     return found
 
@@ -209,8 +211,7 @@ def take_sample(row: Row, samples: Sequence[Row], config: PairsConfig) -> tuple[
     usable = [sample for sample, fault in zip(samples, faults, strict=True) if fault is None]
     if not usable:
         return samples[0], faults[0]
-    gap = partial(length_ratio, row["chosen"][0]["content"])
-    return (min(usable, key=lambda sample: gap(sample["text"])) if config.pick == "length" else usable[0]), None
+    return (min(usable, key=lambda sample: length_ratio(row["chosen"][0]["content"], sample["text"])) if config.pick == "length" else usable[0]), None
 
 # %% ../nbs/60_pairs.ipynb #0ab6cbd1
 TALK = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))

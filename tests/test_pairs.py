@@ -49,6 +49,9 @@ def test_language_of_either_side():
     faults = {text: pairs.chosen_fault({**row, "chosen": [{"content": text}]}) for text in
               ("果物です。", "It is a fruit that grows on trees.", "果物です。 It is a fruit that grows on trees.", " ", "申し訳ありませんが、お答えできません。")}
     assert [fault.partition(":")[0] for fault in faults.values()] == ["", "chosen", "chosen", "chosen", ""]
+    asked = {"prompt": [{"role": "user", "content": "「りんごは果物です」を英訳してください。"}], "origin": "stronger"}
+    faults = [pairs.chosen_fault({**asked, "chosen": [{"content": text}]}) for text in ("Apples are fruit.", "Apples are fruit. " * 60)]
+    assert faults[0] == "" and faults[1].startswith("chosen: ")
     assert sides.in_other_language("It is a fruit that grows on trees.", "ja") and sides.in_other_language("果物の仲間です。", "en")
     assert not sides.in_other_language("It is a fruit that grows on trees.", None) and not sides.in_other_language("果物です。", "ja")
     config = pairs.PairsConfig()
