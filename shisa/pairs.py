@@ -7,12 +7,13 @@ __all__ = ['TALK', 'SCHEMA', 'STAGE', 'chosen_fault', 'candidates', 'scored_rows
            'strong_answer', 'strong_answers', 'bill', 'sample_fault', 'take_sample', 'Fates', 'read_scored',
            'clean_prompts', 'answered', 'pair_up', 'run', 'finish', 'plot']
 
-# %% ../nbs/60_pairs.ipynb #353ab564
+# %% ../nbs/60_pairs.ipynb #5b6d38cd
 import asyncio
 import hashlib
 import heapq
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from .leaks import stray_spans
 from .sample import SAMPLE_LICENCE, data_folder, preferences, sample_file
 from .sets import read_ultrafeedback, set_files
 from shisa.sides import (
-    Row, by_hash, draw, gaps, in_other_language, language_panel, length_panel, length_ratio, refusal, scored_pair, wanted_language,
+    Drawing, Row, by_hash, draw, gaps, in_other_language, language_panel, length_panel, length_ratio, refusal, scored_pair, wanted_language,
 )
 from .split import contaminated
 from .stage import Artifact, Stage, Work, need, run_stage
@@ -39,15 +40,15 @@ from .store import AnswerStore, Bill, Spend, caps_from_environment
 from .text import normalise
 from .validate import check_reply
 
-# %% ../nbs/60_pairs.ipynb #f27c3645
+# %% ../nbs/60_pairs.ipynb #0b2dd034
 def chosen_fault(row: Row) -> str:
     """What is wrong with the good answer of a pair ('chosen: …'), or nothing. Only a strong model's is judged for more than language:
     a written answer may well decline."""
     text, wanted = row["chosen"][0]["content"], wanted_language(row["prompt"])
     if not text.strip():
         return "chosen: empty"
-    found = [reason.kind for reason in check_reply(row["prompt"][-1]["content"], text, wanted)] if wanted else []
-    found = found if row["origin"] == "stronger" else [kind for kind in found if kind in ("wrong_language", "chinese")]
+    found = [reason.kind for reason in check_reply(row["prompt"][-1]["content"], text, wanted or "ja")]
+    found = [kind for kind in found if (wanted if kind in ("wrong_language", "chinese") else row["origin"] == "stronger")]
     if not found and wanted and stray_spans(text, wanted):
         found = ["leak"]
     return f"chosen: {found[0]}" if found else ""
@@ -91,7 +92,7 @@ def scored_rows(rows: Sequence[Row], translated: Mapping[str, list], config: "Pa
         low = (row["score"] or 0) < config.least_score_pair
         yield found, "low score" if low else "" if pair else "small margin"
 
-# %% ../nbs/60_pairs.ipynb #d71801b1
+# %% ../nbs/60_pairs.ipynb #2f0ab024
 class PairsConfig(StageConfig):
     """Which prompts, who answers them, and what makes a pair useless."""
 
@@ -123,6 +124,7 @@ class PairsConfig(StageConfig):
     heldout_share: float = identity(0.2, "share of pairs that nothing trains on", gt=0, lt=1)
     seed: int = identity(0, "sampling")
     dtype: str = numeric("float32", "weights: float32 | bfloat16")
+    processes: int = numeric(1, "processes that share the batches, each with a whole copy of the model", ge=1)
     device: str = placement("auto", "cpu | cuda | auto")
     concurrency: int = placement(16, "requests to the strong model at once", ge=1)
     timeout_seconds: float = placement(120.0, "wait for an answer of the strong model", gt=0)
@@ -138,11 +140,11 @@ def config(profile: str) -> PairsConfig:
         "small": {"longest_ratio": 28.0, "from_training": 64, "max_new_tokens": 128, "batch_size": 96, "evaluation": "all"},
         "h100": {**large, "from_training": 2000, "max_new_tokens": 256, "batch_size": 256},
         "a100x16": {**large, "from_training": 0, "from_stronger": 20000, "scored": "openbmb/UltraFeedback", "from_scored": 10000,
-                    "pairs_scored": 20000, "answerer": "openai", "spoilt": 0.0, "heldout_share": 0.02, "concurrency": 64,
+                    "pairs_scored": 20000, "answerer": "openai", "spoilt": 0.0, "heldout_share": 0.02, "processes": 16, "concurrency": 64,
                     "stronger": os.environ.get("SHISA_STRONGER_MODEL", "gpt-4.1"), **caps_from_environment()},
     }[profile])
 
-# %% ../nbs/60_pairs.ipynb #f87a94e9
+# %% ../nbs/60_pairs.ipynb #7a4947d6
 @contextmanager
 def open_endpoints(config: PairsConfig) -> Iterator[list[Endpoint]]:
     """Where the strong model is asked; the bundled server lives as long as the context."""
@@ -159,8 +161,8 @@ async def strong_answer(client: Client, config: PairsConfig, used: Used, row: Ro
     for seed in range(config.attempts):
         answer = await client.ask(config.stronger, row["prompt"], seed, round(0.3 * seed, 3), config.answer_tokens)
         count_answer(used, config.stronger, "chosen answers", answer)
-        told = {"length": "chosen: truncated", "content_filter": "chosen: refused", "stop": ""}.get(answer.finish, answer.finish)
-        reason = told or chosen_fault({**row, "chosen": _said(answer.text)})
+        told = {"length": "chosen: truncated", "content_filter": "chosen: refused", "stop": ""}
+        reason = told.get(answer.finish, answer.finish) or chosen_fault({**row, "chosen": _said(answer.text)})
         if not reason:
             return answer.text.strip(), refused
         refused.append(reason)
@@ -180,7 +182,8 @@ def strong_answers(config: PairsConfig, rows: Sequence[Row], fates: "Fates") -> 
 
     with open_endpoints(config) as endpoints, closing(AnswerStore.of(fates.work)) as store, ThreadPoolExecutor(1) as pool:
         spend = Spend(config.cap_usd, config.cap_tokens)
-        client = Client(store, {config.stronger: endpoints}, spend, config.concurrency, config.timeout_seconds)
+        client = Client(store, {config.stronger: endpoints}, spend, config.concurrency, config.timeout_seconds,
+                        say=partial(print, file=sys.stderr))
         found = pool.submit(asyncio.run, ask_all(client)).result()  # a thread: a notebook's own loop is busy
         fates.models = bill_rows(fates.used, client.price)
     return found
@@ -193,11 +196,11 @@ def bill(config: PairsConfig, root: Path) -> Bill:
     with closing(AnswerStore(root / "store" / "answers.sqlite")) as store, open_endpoints(config) as endpoints:
         return Client(store, {config.stronger: endpoints}, say=lambda line: None).estimate(requests)
 
-# %% ../nbs/60_pairs.ipynb #98515771
+# %% ../nbs/60_pairs.ipynb #962135a3
 def sample_fault(row: Row, text: str, stopped: bool, config: PairsConfig) -> str | None:
     """Why a rejected answer is no use beside the row's chosen one: `refusal`, or 'other language'."""
     found = refusal(row["chosen"][0]["content"], text, stopped, config.near, config.longest_ratio)
-    if found is None and in_other_language(text, wanted_language(row["prompt"])):
+    if not found and in_other_language(text, wanted_language(row["prompt"])):
         return "other language" if by_hash(row["id"], "other language") >= config.other_language else None
     return found
 
@@ -208,10 +211,9 @@ def take_sample(row: Row, samples: Sequence[Row], config: PairsConfig) -> tuple[
     usable = [sample for sample, fault in zip(samples, faults, strict=True) if fault is None]
     if not usable:
         return samples[0], faults[0]
-    gap = partial(length_ratio, row["chosen"][0]["content"])
-    return (min(usable, key=lambda sample: gap(sample["text"])) if config.pick == "length" else usable[0]), None
+    return (min(usable, key=lambda sample: length_ratio(row["chosen"][0]["content"], sample["text"])) if config.pick == "length" else usable[0]), None
 
-# %% ../nbs/60_pairs.ipynb #ee534938
+# %% ../nbs/60_pairs.ipynb #0ab6cbd1
 TALK = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 SCHEMA = {"id": pl.String, "prompt": TALK, "chosen": TALK, "rejected": TALK, "source": pl.String, "licence": pl.String, "origin": pl.String,
           "temperature": pl.Float64, "chosen_model": pl.String, "rejected_model": pl.String, "score_chosen": pl.Float64,
@@ -238,8 +240,7 @@ class Fates:
 def read_scored(config: PairsConfig, translations: pl.DataFrame, fates: Fates) -> list[Row]:
     """The candidates of the scored set; records that cannot be used, low scores and small margins are counted."""
     rows = read_ultrafeedback(config.scored, config.revision, drop=fates.work.reject)
-    most = config.from_scored + config.pairs_scored
-    taken = heapq.nsmallest(most, rows, key=lambda row: by_hash(row["id"], "scored"))
+    taken = heapq.nsmallest(config.from_scored + config.pairs_scored, rows, key=lambda row: by_hash(row["id"], "scored"))
     fates.total += len(taken) + rows.dropped.total()
     fates.dropped.update({(rows.source, reason): count for reason, count in rows.dropped.items()})
     wanted = translations.filter(pl.col("id").is_in([row["id"] for row in taken]))
@@ -325,12 +326,14 @@ def run(config: PairsConfig, inputs: dict[str, Artifact], work: Work) -> dict[st
         sizes[row["id"]] = len(prompt_ids(tokenizer, row["prompt"]))
         return sizes[row["id"]] + config.max_new_tokens <= context
 
-    rows = answered(config, clean_prompts(rows, training.table("heldout.parquet"), config, fits, fates), fates)
+    rows = clean_prompts(rows, training.table("heldout.parquet"), config, fits, fates)
     work.seeds["sampling"] = config.seed
+    # also where the strong model fails: what a batch holds must not depend on its server
     asked = sorted((row for row in rows if not row.get("rejected")), key=lambda row: (sizes[row["id"]], row["id"]))
-    drawn = draw(folder, [(row["id"], row["prompt"]) for row in asked], work.scratch / "drawn", config.temperatures, config.samples,
-                 config.max_new_tokens, config.batch_size, config.seed, config.dtype, config.device, work.progress)
-    kept = pair_up(config, rows, drawn, f"51_sft {inputs['51_sft'].manifest['fingerprint'][:12]}", fates)
+    good = answered(config, rows, fates)
+    how = Drawing(**{name: getattr(config, name) for name in Drawing.__dataclass_fields__})
+    drawn = draw(folder, [(row["id"], row["prompt"]) for row in asked], work.scratch / "drawn", how, config.processes, work.progress)
+    kept = pair_up(config, good, drawn, f"51_sft {inputs['51_sft'].manifest['fingerprint'][:12]}", fates)
     for row in kept:
         for side in ("chosen", "rejected"):
             text = row[side][0]["content"]
@@ -369,8 +372,7 @@ def _outside(config: PairsConfig) -> dict[str, str]:
     found = {"preferences": file_sha256(sample_file("preferences.jsonl"))} if config.from_sample else {}
     if config.scored and Path(config.scored).expanduser().exists():
         found |= {f"scored/{entry['name']}": file_sha256(Path(entry["path"])) for entry in set_files(config.scored)[0]}
-    found["evaluation"] = file_sha256(sample_file("evaluation.jsonl"))
-    return found | (data_fingerprint(data_folder()) if config.evaluation == "all" else {})
+    return found | {"evaluation": file_sha256(sample_file("evaluation.jsonl"))} | (data_fingerprint(data_folder()) if config.evaluation == "all" else {})
 
 
 STAGE = Stage("60_pairs", 2, ("41_translate", "43_sft_data", "51_sft"), config, run, _outside)

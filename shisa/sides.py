@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['Row', 'NAMES_LANGUAGE', 'JAPANESE', 'QUANTILES', 'similarity', 'length_ratio', 'refusal', 'japanese_share',
-           'wanted_language', 'in_other_language', 'register', 'gaps', 'by_hash', 'scored_pair', 'draw', 'length_panel',
-           'language_panel']
+           'wanted_language', 'in_other_language', 'register', 'gaps', 'by_hash', 'scored_pair', 'Drawing',
+           'draw_batches', 'draw', 'length_panel', 'language_panel']
 
-# %% ../nbs/lib/26_sides.ipynb #de7585d1
+# %% ../nbs/lib/26_sides.ipynb #ade652b9
 import hashlib
+import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
+from .config import write_json
+from .launch import launch
 from .leaks import blank_allowed, stray_spans, styles, wilson
 from .stage import write_shard
 from .text import normalise
@@ -113,32 +118,60 @@ def scored_pair(row: Row, margin: float, which: Literal["lowest", "random"]) -> 
     place = int(by_hash(row["id"], "lower") * len(lower)) if which == "random" else len(lower) - 1
     return (scored[0], lower[place]) if lower else None
 
-# %% ../nbs/lib/26_sides.ipynb #be50668f
-def draw(folder: Path, prompts: Sequence[tuple[str, list[dict]]], scratch: Path, temperatures: Sequence[float], samples: int, most_tokens: int,
-         batch_size: int, seed: int, dtype: str = "float32", device: str = "auto", say: Callable[..., Any] = lambda *told: None) -> pl.DataFrame:
-    """{id, number, temperature, text, tokens, stopped} of `samples` answers of the model in `folder` to each (id, messages).
+# %% ../nbs/lib/26_sides.ipynb #a9e0f5ab
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn: the k-th sample of a prompt takes the k-th temperature, over and over."""
 
-    Batches that `scratch` holds already are not drawn again."""
+    temperatures: tuple[float, ...]
+    samples: int
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    dtype: str = "float32"
+    device: str = "auto"
+
+
+def draw_batches(job: dict[str, Any], say: Callable[..., Any] = lambda *told: None) -> None:
+    """This process's share of the batches of a job {model, prompts, out, settings} that are not there yet."""
     import torch
     from shisa.infer import generate
     from shisa.models import load_model, load_tokenizer
 
-    scratch.mkdir(parents=True, exist_ok=True)
-    parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    todo = [(part, number, scratch / f"{place:05d}-{number}.parquet") for place, part in enumerate(parts) for number in range(samples)]
-    if any(not path.is_file() for *_, path in todo):
-        device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load_model(folder, dtype).to(device), load_tokenizer(folder)
+    how, rank, world = Drawing(**job["settings"]), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rows, folder = pl.read_parquet(job["prompts"]).to_dicts(), Path(job["out"])
+    batches = [(rows[start : start + how.batch_size], number, folder / f"{start:07d}-{number}.parquet")
+               for start in range(0, len(rows), how.batch_size) for number in range(how.samples)]
+    todo = [batch for batch in batches if not batch[2].is_file()][rank::world]
+    if not todo:
+        return
+    device = how.device if how.device != "auto" else f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(job["model"], how.dtype).to(device), load_tokenizer(job["model"])
     for done, (part, number, path) in enumerate(todo, 1):
-        if path.is_file():
-            continue
-        temperature, own_seed = float(temperatures[number % len(temperatures)]), int(by_hash(path.name, f"draw {seed}") * 2**31)
-        replies = generate(model, tokenizer, [messages for _, messages in part], most_tokens, temperature, own_seed, batch_size)
-        write_shard(pl.DataFrame([{"id": id, "number": number, "temperature": temperature, "text": reply.text, "tokens": reply.tokens,
-                                   "stopped": reply.stopped} for (id, _), reply in zip(part, replies, strict=True)]), path)
+        heat, seed = float(how.temperatures[number % len(how.temperatures)]), int(by_hash(path.name, f"draw {how.seed}") * 2**31)
+        replies = generate(model, tokenizer, [row["prompt"] for row in part], how.max_new_tokens, heat, seed, how.batch_size)
+        write_shard(pl.DataFrame([{"id": row["id"], "number": number, "temperature": heat, "text": reply.text, "tokens": reply.tokens,
+                                   "stopped": reply.stopped} for row, reply in zip(part, replies, strict=True)]), path)
         say("the model answers", done, len(todo))
+
+
+def draw(model: Path, prompts: Sequence[tuple[str, list[dict]]], folder: Path, how: Drawing, processes: int = 1,
+         say: Callable[..., Any] = lambda *told: None) -> pl.DataFrame:
+    """{id, number, temperature, text, tokens, stopped} of the samples of a model's answers to each (id, messages), by id and number.
+
+    Batches that `folder` holds already are not drawn again; several processes share what is left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    talk = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+    job = {"model": str(model), "prompts": str(folder / "prompts.parquet"), "out": str(folder), "settings": asdict(how)}
+    write_shard(pl.DataFrame([{"id": id, "prompt": prompt} for id, prompt in prompts], schema={"id": pl.String, "prompt": talk}), Path(job["prompts"]))
+    if processes == 1:
+        draw_batches(job, say)
+    else:
+        write_json(folder / "job.json", job)
+        launch("shisa.sides", folder / "job.json", processes=processes, zero3=False)
     empty = pl.DataFrame(schema={"id": pl.String, "number": pl.Int64, "temperature": pl.Float64, "text": pl.String, "tokens": pl.Int64, "stopped": pl.Boolean})
-    return pl.concat([empty, *(pl.read_parquet(path) for *_, path in todo)]).sort("id", "number")
+    return pl.concat([empty, *map(pl.read_parquet, sorted(folder.glob("*-*.parquet")))]).sort("id", "number")
 
 # %% ../nbs/lib/26_sides.ipynb #1e1d4b17
 def length_panel(axes: Any, frame: pl.DataFrame) -> None:
@@ -162,3 +195,9 @@ def language_panel(axes: Any, metrics: Mapping[str, Any]) -> None:
     axes.set_xticks([0.5, 3], ["Japanese characters", "answers that leak"])
     axes.set(title="Language: shares, 95% intervals", ylim=(0, 1))
     axes.legend(fontsize=7, frameon=False)
+
+# %% ../nbs/lib/26_sides.ipynb #18b71d96
+if __name__ == "__main__" and sys.argv[1:2] and sys.argv[1].endswith(".json"):  # python -m shisa.sides job.json
+    from shisa.launch import worker
+
+    worker(draw_batches)

@@ -1,4 +1,5 @@
 """Preference pairs: what separates two sides, scored sets, the strong model, the model's own answers, what is left out and why."""
+import dataclasses
 import json
 import shutil
 from contextlib import closing
@@ -48,6 +49,9 @@ def test_language_of_either_side():
     faults = {text: pairs.chosen_fault({**row, "chosen": [{"content": text}]}) for text in
               ("果物です。", "It is a fruit that grows on trees.", "果物です。 It is a fruit that grows on trees.", " ", "申し訳ありませんが、お答えできません。")}
     assert [fault.partition(":")[0] for fault in faults.values()] == ["", "chosen", "chosen", "chosen", ""]
+    asked = {"prompt": [{"role": "user", "content": "「りんごは果物です」を英訳してください。"}], "origin": "stronger"}
+    faults = [pairs.chosen_fault({**asked, "chosen": [{"content": text}]}) for text in ("Apples are fruit.", "Apples are fruit. " * 60)]
+    assert faults[0] == "" and faults[1].startswith("chosen: ")
     assert sides.in_other_language("It is a fruit that grows on trees.", "ja") and sides.in_other_language("果物の仲間です。", "en")
     assert not sides.in_other_language("It is a fruit that grows on trees.", None) and not sides.in_other_language("果物です。", "ja")
     config = pairs.PairsConfig()
@@ -151,30 +155,45 @@ def own_model(tmp_path_factory):
     return folder
 
 
-DRAW = {"temperatures": (0.4, 1.2), "samples": 3, "most_tokens": 6, "batch_size": 4, "seed": 3}
+DRAW = sides.Drawing(temperatures=(0.4, 1.2), samples=3, max_new_tokens=6, batch_size=4, seed=3)
+PROMPTS = [(f"p{number}", [{"role": "user", "content": f"{number}番の質問です。"}]) for number in range(10)]
 
 
-def test_draws_go_on_from_the_last_batch_with_the_same_bytes(own_model, tmp_path, monkeypatch):
-    prompts = [(f"p{number}", [{"role": "user", "content": f"{number}番の質問です。"}]) for number in range(10)]
-    whole = sides.draw(own_model, prompts, tmp_path / "a", **DRAW)
-    assert whole.height == 30 and whole["temperature"].to_list() == [0.4, 1.2, 0.4] * 10 and whole["number"].to_list() == [0, 1, 2] * 10
-    assert whole.filter(pl.col("number") == 0)["text"].to_list() != whole.filter(pl.col("number") == 2)["text"].to_list()
+@pytest.fixture(scope="module")
+def whole(own_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, sides.draw(own_model, PROMPTS, folder, DRAW)
+
+
+def same_batches(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same batches, nine of them."""
+    names = [sorted(path.name for path in folder.glob("*-*.parquet")) for folder in (one, other)]
+    return names[0] == names[1] and len(names[0]) == 9 and all((one / name).read_bytes() == (other / name).read_bytes() for name in names[0])
+
+
+def test_draws_go_on_from_the_last_batch_with_the_same_bytes(own_model, whole, tmp_path, monkeypatch):
+    folder, drawn = whole
+    assert drawn.height == 30 and drawn["temperature"].to_list() == [0.4, 1.2, 0.4] * 10 and drawn["number"].to_list() == [0, 1, 2] * 10
+    assert drawn.filter(pl.col("number") == 0)["text"].to_list() != drawn.filter(pl.col("number") == 2)["text"].to_list()
     real, calls = sides.write_shard, []
 
     def killed(frame, path):
         calls.append(path)
-        if len(calls) == 5:
+        if len(calls) == 6:  # the prompts, four batches, and no fifth
             raise KeyboardInterrupt
         real(frame, path)
 
     monkeypatch.setattr(sides, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
-        sides.draw(own_model, prompts, tmp_path / "b", **DRAW)
-    again = sides.draw(own_model, prompts, tmp_path / "b", **DRAW)
-    assert len(calls) == 5 + 5 and again.equals(whole)  # nine batches: four were kept, five were left
-    names = sorted(path.name for path in (tmp_path / "a").glob("*.parquet"))
-    assert [(tmp_path / "a" / name).read_bytes() for name in names] == [(tmp_path / "b" / name).read_bytes() for name in names]
-    assert not sides.draw(own_model, prompts, tmp_path / "c", **{**DRAW, "seed": 4}).equals(whole)
+        sides.draw(own_model, PROMPTS, tmp_path / "b", DRAW)
+    again = sides.draw(own_model, PROMPTS, tmp_path / "b", DRAW)
+    assert len(calls) == 6 + 6 and again.equals(drawn) and same_batches(folder, tmp_path / "b")  # the prompts and five batches
+    assert not sides.draw(own_model, PROMPTS, tmp_path / "c", dataclasses.replace(DRAW, seed=4)).equals(drawn)
+
+
+def test_two_processes_draw_the_same_bytes(own_model, whole, tmp_path):
+    folder, drawn = whole
+    assert sides.draw(own_model, PROMPTS, tmp_path / "two", DRAW, processes=2).equals(drawn) and same_batches(folder, tmp_path / "two")
 
 
 def test_a_set_alone_needs_no_model(inputs, scored_file, tmp_path):
@@ -272,7 +291,7 @@ def test_going_on_gives_the_same_bytes_and_asks_nothing_again(made, inputs, scor
     fates = fates_in(tmp_path)
     shutil.copytree(work.scratch, fates.work.scratch, dirs_exist_ok=True)
     shutil.copytree(work.status.parent.parent / "store", tmp_path / "store")
-    for path in sorted((fates.work.scratch / "drawn").glob("*.parquet"))[-3:]:
+    for path in sorted((fates.work.scratch / "drawn").glob("*-*.parquet"))[-3:]:
         path.unlink()
     with closing(AnswerStore.of(fates.work)) as store:
         before = store.totals()
@@ -290,6 +309,8 @@ def test_a_strong_model_that_only_fails_leaves_its_prompts_out(inputs, tmp_path,
                                other_language=1.0, heldout_share=0.4)
     fates = fates_in(tmp_path)
     metrics = pairs.run(config, inputs, fates.work)
+    assert metrics["samples"][0]["samples"] == metrics["prompts"] - sum(count for reason, count in metrics["dropped"].items() if reason in
+                                                                      ("contaminated", "duplicate", "held out", "too long"))
     assert metrics["dropped"]["chosen: refused"] == sum(metrics["strong_attempts"].values()) / 2 > 0 and "stronger" not in metrics["by_origin"]
 
 
