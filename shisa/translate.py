@@ -322,7 +322,7 @@ class Tables:
                 "refused": dict(sorted(self.refused.items())), "retried": self.counts["retried"], "restored": self.counts["restored"],
                 "differs_from_reference": self.counts["differs"] if self.reference else None, "models": bill_rows(self.used, prices)}
 
-# %% ../nbs/41_translate.ipynb #c4e6d430
+# %% ../nbs/41_translate.ipynb #c79bfb42
 async def translate_all(client: Client, config: Config, chats: Sequence[dict[str, Any]], tables: Tables, work: Work) -> None:
     """Translate conversations, `config.concurrency` at a time, into the tables, in the order of `chats`."""
     async with client:
@@ -341,9 +341,9 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
         left_out[reason] += 1
         work.reject(id, reason, excerpt, where)
 
-    work.progress("reading the sets")
-    chats, tables = read_sources(config.sources, config.direction[:2], config.seed, drop), Tables(config, work)
     with closing(AnswerStore.of(work)) as store, endpoints_of(config) as endpoints, ThreadPoolExecutor(1) as pool:
+        work.progress("reading the sets")
+        chats, tables = read_sources(config.sources, config.direction[:2], config.seed, drop), Tables(config, work)
         client = Client(store, endpoints, Spend(config.cap_usd, config.cap_tokens), config.concurrency, config.timeout_seconds, config.wire_tries,
                         config.max_tokens)
         # a thread of its own: a notebook's loop is busy
@@ -361,9 +361,11 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
 def external(config: Config) -> dict[str, str]:
     """What the stage reads from outside, by content: the prompts, the files of local sets, the commits of those on the Hub."""
     found = {name: fingerprint(prompt(name)) for name in (f"translate_{config.direction.replace('-', '_')}", f"reply_{config.direction[3:]}")}
-    for spec in config.sources:
-        entries, _ = set_files(spec.place, spec.revision or known_sets().get(spec.place, {}).get("revision", ""))
-        found |= {f"{spec.name}/{entry['name']}": file_sha256(Path(entry["path"])) for entry in entries if "root" not in entry}
+    for spec in config.sources:  # a set on the Hub is named by its commit; nothing is fetched to plan a run
+        if spec.place == "sample" or Path(spec.place).expanduser().exists():
+            found |= {f"{spec.name}/{entry['name']}": file_sha256(Path(entry["path"])) for entry in set_files(spec.place)[0]}
+        else:
+            found[spec.name] = spec.revision or known_sets().get(spec.place, {}).get("revision", "")
     return found
 
 
