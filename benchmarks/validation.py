@@ -296,7 +296,7 @@ def main() -> None:
                 print(name, pair_sha256(pairs[name]), *pairs[name], sep=" | ")
         return
     found, misses = measure(options.data, before, options.model, options.show)
-    labels = {name: value for name, value in before.items() if name.endswith("labels") or name == "notes"}
+    labels = {name: value for name, value in before.items() if name.endswith("labels") or name in ("notes", "why")}
     write_json(options.out, labels | found | {"study": "validation", "date": time.strftime("%Y-%m-%d"), "hardware": f"{os.cpu_count()} cores {platform.machine()}", "seeds": SEEDS})
     for each in found["recall"]:
         print(f"{each['fault']:17} {each['by']:8} {each['direction']} {each['planted']:4} {each['recall']:.3f} refused {each['refused'] / max(each['planted'], 1):.3f}")

@@ -184,7 +184,7 @@ def _loop(source: str, target: str, draw: Draw) -> str | None:
         return target[: len(target) // 2] + draw.choice(("あ", "ー", "っ", "的", "a")) * draw.randint(20, 80) if is_japanese(target) else target[: len(target) // 2] + "ha" * draw.randint(10, 40)
     return target + "".join(f"{number}つ目は{sentence.rstrip('。')}。" if is_japanese(target) else f" Step {number}: {sentence.rstrip('.')}." for number in range(1, draw.randint(5, 10)))
 
-# %% ../nbs/lib/19_faults.ipynb #447c933e
+# %% ../nbs/lib/19_faults.ipynb #01d36ee6
 FULL = str.maketrans({code: chr(code + 0xFEE0) for code in (*range(0x28, 0x2A), *range(0x30, 0x3B), *range(0x41, 0x5B), *range(0x61, 0x7B), 0x3D, 0x5F)})
 
 
@@ -205,7 +205,8 @@ def _code(source: str, target: str, draw: Draw) -> str | None:
         if way == 2 and blocks:
             return target.replace("```", "")
         if way == 3:
-            return _swap(target, line, line.translate(FULL))
+            return _swap(target, line := re.split(r"\s(?:#|//)", line)[0], line.translate(FULL))
+        line = re.split(r"\s(?:#|//)", line)[0]
         word = draw.choice(re.findall(r"[A-Za-z_]{2,}", line) or [""])
         return _swap(target, line, line.replace(word, draw.choice(("値", "結果", word[:-1], word.title() + "X")))) if word else None
     spans = [code for _, code in INLINE.findall(FENCE.sub("", source)) if re.search(r"\w", code) and f"`{code}`" in target]

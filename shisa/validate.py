@@ -8,7 +8,7 @@ __all__ = ['Kind', 'KINDS', 'WARNINGS', 'Language', 'INVISIBLE', 'TERMINAL', 'CO
            'why_truncated', 'most_repeated', 'longest_loop', 'why_looping', 'sizes', 'length_bounds', 'why_length',
            'check', 'check_reply', 'recall_table']
 
-# %% ../nbs/40_validate.ipynb #0659850d
+# %% ../nbs/40_validate.ipynb #c30e6a6f
 import re
 import unicodedata
 import zlib
@@ -24,7 +24,7 @@ from shisa.kept import (
 )
 from .language import JAPANESE, LATIN_WORD, bare, joined, not_english, not_japanese, sentences, translatable
 from .leaks import GLOSS, styles
-from .talk import DECLINED, REMARK, reply_like, why_answered, why_chatty, why_refused
+from .talk import DECLINED, REMARK, common_words, reply_like, why_answered, why_chatty, why_refused
 
 # %% ../nbs/40_validate.ipynb #2112bfee
 Kind = Literal["empty", "untranslated", "wrong_language", "chinese", "length_ratio", "truncated", "refused", "answered", "chatty", "looping",
@@ -57,12 +57,12 @@ def is_empty(text: str) -> bool:
     """Whether nothing is said: spaces, invisible characters and punctuation only."""
     return not re.search(r"[^\W_]", INVISIBLE.sub("", text))
 
-# %% ../nbs/40_validate.ipynb #92f2ea5a
+# %% ../nbs/40_validate.ipynb #24690a81
 TERMINAL = re.compile(r"[.?!:;。．！？：；…][\"')\]”’»」』）】*_`~ \n]*$")
 COMPLETE = re.compile(r"[。．.!?！？…:：;；」』）)\]】〉》”’\"'`*_|>~〜♪♡☆}][\s\"')\]”’」』）】*_`]*$")
 OPENERS: dict[str, str] = {"「": "」", "『": "』", "（": "）", "【": "】", "“": "”"}
-DANGLING_JA = re.compile(r"(?:[、，・（(「『【\[{<＜]|[をはがのにへ]|(?<![ぁ-ん])[とでもやな]|っ|(?:して|って|いて|ため|また|および|及び|または|かつ|という|といった|による|おける|する(?:と|場合)"
-                         r"|され|られ|[一-龠ァ-ヶーぁ-ん]し|でき|ませ|くだ|でし|です(?:が|か?ら)|ます(?:が|か?ら)|[いきしちにみりえけせてねめれべげ]ま|[一-龠ァ-ヶー]{2}[すさ]|[一-龠]れ|くださ|なけれ|可能な|ような|よう)|[ァ-ヶ][ッャュョ])\s*$")
+DANGLING_JA = re.compile(r"(?:[、，・（(「『【\[{<＜]|[をが]|(?<![にで])は|(?<!も)の|[にへ]|(?<![ぁ-ん])[とでもやな]|っ|(?:して|って|いて|ため|また|および|及び|または|かつ|という|といった|による|おける|すると"
+                         r"|され|られ|まし|でき|ませ|くだ|でし|です(?:が|か?ら)|ます(?:が|か?ら)|[いきしちにみりえけせてねめれべげ]ま|[一-龠ァ-ヶー]{2}[すさ]|[一-龠]れ|くださ|なけれ|可能な|ような|よう)|[ァ-ヶ][ッャュョ])\s*$")
 DANGLING_EN = re.compile(r"(?:[,(\[{“‘-]|\b(?:a|an|the|of|to|and|or|in|on|at|for|with|by|from|as|is|are|was|were|be|been|that|which|this|these|those|if|but|not|have|has|had|will|would|can|could|should|may|must|it|its|his|her|their|your|my|our|into|than|so|because|when|while|who|whose)) *$", re.IGNORECASE)
 
 
@@ -91,7 +91,8 @@ def tail_is_missing(source: str, target: str) -> str:
     earlier = set().union(*before)
     if new and not any(each.strip("~:!()") in target for each in new) and all(each.strip("~:!()") in target for each in earlier):
         return parts[-1][:50]
-    return ""
+    known, shared = common_words(parts[-1], target, but=" ".join(parts[:-1])) if JAPANESE.search(target) and len(sentences(target)) < len(parts) else (0, 0)
+    return parts[-1][:50] if known >= 3 and not shared else ""
 
 
 def why_truncated(source: str | None, target: str, target_lang: Language = "ja") -> str:
@@ -106,7 +107,7 @@ def why_truncated(source: str | None, target: str, target_lang: Language = "ja")
     if target_lang == "ja" and re.search("[、，・（(「『【]$", text) and not re.search(r"[,:(\"'-、・]$", given):
         return end
     if source is None:
-        return end if DANGLING_JA.search(text) and target_lang == "ja" and len(text) > 20 else ""
+        return end if DANGLING_JA.search(text) and target_lang == "ja" and len(text) > 20 and not re.search("(?:ため|から|まで|もの|こと)$", text) else ""
     finished = COMPLETE.search(text)
     if TERMINAL.search(given) and not finished:
         return end
@@ -126,7 +127,7 @@ def _fewer_sentences(source: str, target: str) -> str:
     size, came = sizes(source, target)
     return f"{second} of {first} sentences" if first >= 3 and second < first and came < (0.36 if second <= first / 2 else 0.3) * size else ""
 
-# %% ../nbs/40_validate.ipynb #543268ca
+# %% ../nbs/40_validate.ipynb #4a760466
 SENTENCE = re.compile(r"[^。！？\n]+[。！？\n]?")
 REPEATED = re.compile(r"(.{2,60}?)\1{4,}", re.DOTALL)
 
@@ -161,7 +162,7 @@ def longest_loop(text: str) -> tuple[int, str]:
             run = stop - start
             if run >= wanted:
                 unit = text[start : start + period]
-                if re.search(r"[^\W_\d]", unit) or (run > 40 and unit.strip()):
+                if re.search(r"[^\W_\d]", unit) or (run >= 20 and unit.strip()):
                     return run // period + 1, unit
             place = max(stop, place) + step
     return 0, ""
@@ -232,7 +233,7 @@ def why_length(source: str, target: str, source_lang: Language = "en", short_onl
         return ""
     return f"{came} characters for {size}"
 
-# %% ../nbs/40_validate.ipynb #b9724b8c
+# %% ../nbs/40_validate.ipynb #9f137534
 def _lost(source: str, target: str, source_lang: Language, keep: Iterable[str]) -> list[Reason]:
     checks: tuple[tuple[Kind, Callable[[], Sequence[str]]], ...] = (
         ("lost_code", lambda: lost_code(source, target)),
@@ -265,7 +266,7 @@ def _warnings(source: str | None, target: str, target_lang: Language) -> list[Re
         if more >= had + 2 and sizes(source, target)[1] > 0.85 * length_bounds(sizes(source, target)[0])[1]:
             found.append(Reason("added_content", f"{more} sentences for {had}"))
     if target_lang == "ja":
-        polite, plain = styles(target)
+        polite, plain = styles(re.sub(r"^\*+(?=\w)", "", target, flags=re.MULTILINE))
         if polite and plain and min(len(polite), len(plain)) >= max(1, 0.2 * (len(polite) + len(plain))):
             found.append(Reason("mixed_register", f"{polite[0][-20:]} / {plain[0][-20:]}"))
     return found
@@ -336,7 +337,7 @@ def check_reply(prompt: str, reply: str, lang: Language = "ja", *, warnings: boo
         found.append(Reason("truncated", evidence))
     return found + (_warnings(None, reply, lang) if warnings else [])
 
-# %% ../nbs/40_validate.ipynb #64b16e33
+# %% ../nbs/40_validate.ipynb #8e1be357
 def recall_table(texts: Sequence[tuple[str, str]], seeds: int = 1, source_lang: Language = "en", target_lang: Language = "ja") -> list[dict[str, Any]]:
     """A row a fault: how often planted, found for that reason, refused for any; the pairs themselves last, as false refusals."""
     from shisa.faults import FAULTS, spoil
@@ -349,7 +350,8 @@ def recall_table(texts: Sequence[tuple[str, str]], seeds: int = 1, source_lang: 
                 spoilt = spoil(kind, source, target, f"{seed}:{source}")
                 if spoilt is not None:
                     found = check(source, spoilt, source_lang, target_lang, warnings=True)
-                    made, named, refused = made + 1, named + any(reason.kind == kind for reason in found), refused + any(not reason.warning for reason in found)
+                    made, named = made + 1, named + any(reason.kind == kind for reason in found)
+                    refused += any(not reason.warning for reason in found)
         rows.append({"fault": kind, "planted": made, "named": named, "refused": refused, "recall": round(named / made, 4) if made else 0.0})
     false = sum(bool(check(source, target, source_lang, target_lang)) for source, target in texts)
     return [*rows, {"fault": "(none: the reference)", "planted": len(texts), "named": "", "refused": false, "recall": ""}]
