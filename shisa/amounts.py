@@ -180,7 +180,7 @@ def amounts(text: str, lang: Language = "en", words: bool = False) -> tuple[Amou
                   if not LOOSE_WORDS.fullmatch(match.group())]
     return tuple(found)
 
-# %% ../nbs/lib/18_amounts.ipynb #c2e3802f
+# %% ../nbs/lib/18_amounts.ipynb #14674c44
 KANA_NUMBERS = {"ひとつ": 1, "ひとり": 1, "一": 1, "ふたつ": 2, "ふたり": 2, "みっつ": 3, "みつ": 3, "よっつ": 4, "いつつ": 5, "むっつ": 6, "ななつ": 7, "やっつ": 8,
                 "ここのつ": 9, "とお": 10, "はたち": 20, "ゼロ": 0, "空": 0, "最初": 1, "初": 1, "片": 1, "同": 1, "元年": 1, "先頭": 1, "単": 1, "各": 1, "毎": 1,
                 "両": 2, "双": 2, "倍": 2, "次": 2, "往復": 2, "夫婦": 2, "対": 2, "ダース": 12, "正午": 12, "真夜中": 0, "深夜": 0, "午前零時": 0, "半": 30,
@@ -203,8 +203,8 @@ def said(text: str, lang: Language = "ja") -> frozenset[Decimal]:
             values |= {japanese_value(part) for part in re.findall("[一二三四五六七八九]?十[一二三四五六七八九]?", match.group())}
         values |= {Decimal(value) for word, value in KANA_NUMBERS.items() if word in text}
         values |= {Decimal("0.5"), Decimal(50), Decimal(2)} if "半" in text else set()
-        values |= {japanese_value(tenths) * 10 for tenths in re.findall(r"([\d〇一二三四五六七八九]+)割", text)}
-        values |= {japanese_value(number) + start for era, start in ERAS.items() for number in re.findall(rf"{era}([\d〇一二三四五六七八九十]+)", text)}
+        values |= {japanese_value(tenths) * 10 for tenths in re.findall(r"([\d〇一二三四五六七八九]{1,8})割", text)}
+        values |= {japanese_value(number) + start for era, start in ERAS.items() for number in re.findall(rf"{era}([\d〇一二三四五六七八九十]{{1,8}})", text)}
         values |= {start + 1 for era, start in ERAS.items() if era + "元年" in text}
     else:
         lower = text.lower()
