@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WIDE', 'UNITS', 'MYRIADS', 'KANJI_DIGITS', 'PLAIN_NUMBER', 'JAPANESE_NUMBER', 'KANJI_NUMBER', 'SMALL', 'TENS',
            'SCALES', 'ORDINALS', 'MONTHS', 'SAID_WORDS', 'ENGLISH_NUMBER', 'NUMBER_WORDS', 'AFTERNOON', 'MORNING',
-           'LOOSE_WORDS', 'ROMAN', 'LIST_MARKER', 'ERAS', 'COUNTED', 'Language', 'KANA_NUMBERS', 'as_decimal',
-           'japanese_value', 'words_value', 'roman_value', 'Amount', 'amounts', 'said', 'lost_numbers',
+           'LOOSE_WORDS', 'ROMAN', 'LIST_MARKER', 'ERAS', 'COUNTED', 'Language', 'KANA_NUMBERS', 'IMPLIED',
+           'as_decimal', 'japanese_value', 'words_value', 'roman_value', 'Amount', 'amounts', 'said', 'lost_numbers',
            'changed_numbers']
 
 # %% ../nbs/lib/18_amounts.ipynb #7b9c6d96
@@ -16,14 +16,14 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-# %% ../nbs/lib/18_amounts.ipynb #88eb7d25
+# %% ../nbs/lib/18_amounts.ipynb #b96f8526
 WIDE = str.maketrans("０１２３４５６７８９．，：％／", "0123456789.,:%/")
 UNITS = {"十": 10, "百": 100, "千": 1000}
 MYRIADS = {"万": 10**4, "億": 10**8, "兆": 10**12}
 KANJI_DIGITS = {character: value for value, character in enumerate("〇一二三四五六七八九")} | {"零": 0}
 PLAIN_NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)*"
-JAPANESE_NUMBER = re.compile(rf"(?:{PLAIN_NUMBER}|(?<![\w.])\.\d+)(?: ?[十百千万億兆]+(?:{PLAIN_NUMBER})?)*")
-KANJI_NUMBER = re.compile("[〇零一二三四五六七八九十百千万億兆]+")
+JAPANESE_NUMBER = re.compile(rf"(?:{PLAIN_NUMBER}|(?<![\w.])\.\d+)(?: ?[十百千万億兆]{{1,4}}(?:{PLAIN_NUMBER})?){{0,6}}")
+KANJI_NUMBER = re.compile("[〇零一二三四五六七八九十百千万億兆]{1,24}")
 _PART = re.compile(rf"{PLAIN_NUMBER}|[〇零一二三四五六七八九十百千万億兆]")
 
 
@@ -104,7 +104,7 @@ def roman_value(text: str) -> int:
     values = [{"I": 1, "V": 5, "X": 10}[letter] for letter in text]
     return sum(-value if value < max(values[place:]) else value for place, value in enumerate(values))
 
-# %% ../nbs/lib/18_amounts.ipynb #e40b7b87
+# %% ../nbs/lib/18_amounts.ipynb #0e7f375b
 class Amount(NamedTuple):
     """A number as it is written, and the values that may stand for it (3 p.m.: 3 and 15)."""
 
@@ -175,16 +175,21 @@ def amounts(text: str, lang: Language = "en", words: bool = False) -> tuple[Amou
         return tuple(_japanese_amounts(text, words))
     found = _english_amounts(text)
     if words:
+        text = re.sub(r"```.*?```|`+[^`\n]*`+", " ", text, flags=re.DOTALL)  # words in code are code
         found += [Amount(match.group(), frozenset({Decimal(words_value(match.group()))})) for match in NUMBER_WORDS.finditer(text)
                   if not LOOSE_WORDS.fullmatch(match.group())]
     return tuple(found)
 
-# %% ../nbs/lib/18_amounts.ipynb #6f208410
+# %% ../nbs/lib/18_amounts.ipynb #14674c44
 KANA_NUMBERS = {"ひとつ": 1, "ひとり": 1, "一": 1, "ふたつ": 2, "ふたり": 2, "みっつ": 3, "みつ": 3, "よっつ": 4, "いつつ": 5, "むっつ": 6, "ななつ": 7, "やっつ": 8,
                 "ここのつ": 9, "とお": 10, "はたち": 20, "ゼロ": 0, "空": 0, "最初": 1, "初": 1, "片": 1, "同": 1, "元年": 1, "先頭": 1, "単": 1, "各": 1, "毎": 1,
                 "両": 2, "双": 2, "倍": 2, "次": 2, "往復": 2, "夫婦": 2, "対": 2, "ダース": 12, "正午": 12, "真夜中": 0, "深夜": 0, "午前零時": 0, "半": 30,
                 "ワン": 1, "ツー": 2, "スリー": 3, "フォー": 4, "ファイブ": 5, "シックス": 6, "セブン": 7, "エイト": 8, "ナイン": 9, "テン": 10, "トリプル": 3, "ダブル": 2,
                 "シングル": 1, "ファースト": 1, "セカンド": 2, "サード": 3, "真っ二つ": 2, "すべて": 100, "全": 100, "二十歳": 20, "四半": 4, "クォーター": 4, "パーセント": 100}
+
+
+IMPLIED = {word: frozenset(Decimal(value) for value in (*SAID_WORDS.get(word, ()), *(table[word] for table in (ORDINALS, MONTHS) if word in table)))
+           for word in (*SAID_WORDS, *ORDINALS, *MONTHS)}
 
 
 @lru_cache(maxsize=4096)
@@ -198,8 +203,8 @@ def said(text: str, lang: Language = "ja") -> frozenset[Decimal]:
             values |= {japanese_value(part) for part in re.findall("[一二三四五六七八九]?十[一二三四五六七八九]?", match.group())}
         values |= {Decimal(value) for word, value in KANA_NUMBERS.items() if word in text}
         values |= {Decimal("0.5"), Decimal(50), Decimal(2)} if "半" in text else set()
-        values |= {japanese_value(tenths) * 10 for tenths in re.findall(r"([\d〇一二三四五六七八九]+)割", text)}
-        values |= {japanese_value(number) + start for era, start in ERAS.items() for number in re.findall(rf"{era}([\d〇一二三四五六七八九十]+)", text)}
+        values |= {japanese_value(tenths) * 10 for tenths in re.findall(r"([\d〇一二三四五六七八九]{1,8})割", text)}
+        values |= {japanese_value(number) + start for era, start in ERAS.items() for number in re.findall(rf"{era}([\d〇一二三四五六七八九十]{{1,8}})", text)}
         values |= {start + 1 for era, start in ERAS.items() if era + "元年" in text}
     else:
         lower = text.lower()
@@ -208,10 +213,9 @@ def said(text: str, lang: Language = "ja") -> frozenset[Decimal]:
             parts = re.findall("[a-z]+", match.group().lower())
             values |= {Decimal(words_value(match.group())), *(Decimal(words_value(part)) for part in parts)}
             values |= {Decimal(1900) + words_value(match.group())} if parts[-1] in TENS else set()
-        for word in re.findall(r"[a-z]+", lower):
-            values |= {Decimal(value) for value in SAID_WORDS.get(word, ())}
-            values |= {Decimal(table[word]) for table in (ORDINALS, MONTHS) if word in table}
-            values |= {Decimal(value) for name, value in TENS.items() if word.startswith(name[:-1])}  # twenties, fiftieth
+        for word in set(re.findall(r"[a-z]+", lower)):
+            values |= IMPLIED.get(word, frozenset())
+            values |= {Decimal(value) for name, value in TENS.items() if word.startswith(name[:-1])} if word[0] in "tfsen" else set()  # twenties
         values |= {Decimal(TENS[ten] + (ORDINALS | SMALL)[unit]) for ten, unit in re.findall(rf"\b({'|'.join(TENS)})[ -]({'|'.join(ORDINALS)})\b", lower)}
         values |= {Decimal(roman_value(match)) for match in ROMAN.findall(text)}
     for digits in re.findall(PLAIN_NUMBER, text):
@@ -243,6 +247,6 @@ def changed_numbers(source: str, target: str, source_lang: Language = "en") -> l
         alike = any({left, came} <= amount.values for side in sides for amount in side)
         if not alike:
             return [f"{left} -> {came}"]
-    if fewer and not more and any(wanted[value] >= 2 for value in fewer):
+    if source_lang == "en" and fewer and not more and any(wanted[value] >= 2 for value in fewer):
         return [f"{next(iter(fewer))} once less"]
     return []

@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 from .kept import IDENTIFIER, REFERENCE, prose
 from .leaks import FUNCTION_WORDS, GREEK, KANA, OTHER, QUOTED, WORD, is_simplified
 
-# %% ../nbs/lib/18_language.ipynb #34de1f25
+# %% ../nbs/lib/18_language.ipynb #bd8ba0a0
 Finding = tuple[str, str]  # a kind of `shisa.validate`, and what shows it
 JOINED = re.compile(r"(?<=\w) (?='\w)|(?<=\bcan) (?='t)")
 
@@ -36,7 +36,7 @@ JAPANESE = re.compile("[\u3005-\u3007\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e
 @lru_cache(maxsize=2048)
 def bare(text: str) -> str:
     """The prose of a text without identifiers and names in capitals: what is in a language."""
-    return IDENTIFIER.sub(" ", prose(REFERENCE.sub(" ", text)))
+    return IDENTIFIER.sub(" ", prose(REFERENCE.sub(" ", text) if "`_" in text else text))
 
 
 def english_words(text: str) -> list[str]:
@@ -46,9 +46,9 @@ def english_words(text: str) -> list[str]:
 
 def translatable(source: str) -> bool:
     """Whether an English text says something in words: two lower-case words, or a sentence; names and code alone may stay."""
-    words = [word for word in WORD.findall(re.sub(r"\*\w+\*|\([^()]*\)|>>>.*|\"[^\"\n]*\"|#.*", " ", bare(source))) if len(word) > 1]
+    words = [word for word in WORD.findall(re.sub(r"\*\w+\*|\([^()]*\)|>>>.*|\"[^\"\n]*\"|(?:^|\s{2,})#.*", " ", bare(source))) if len(word) > 1]
     low = [word for word in words if word.islower()]
-    grammar = sum(word.lower() in FUNCTION_WORDS for word in words)
+    grammar = sum(word.lower() in FUNCTION_WORDS for word in WORD.findall(bare(source)))
     if re.fullmatch(r"(?:(?:>>>|\.\.\.|#|def |class |import |from |for |if |return\b|print|@|[ \t]).*|.*[=(){};]\s*|\s*)(?:\n(?:.*[=(){}\[\];:'\"\\].*|\s+.*|\W*|\w*|#.*))+", source):
         return False  # code
     if not grammar and len(re.findall("[,;|/]", source)) >= len(words) - 2:
