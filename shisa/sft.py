@@ -78,7 +78,7 @@ def language(messages: list[dict[str, str]]) -> str:
 
 
 def chosen_rows(table: pl.DataFrame, rows: str) -> list[int]:
-    """Which rows {source, messages} a step takes: 'all', 'ja', 'en', or a pattern of source names like `translated*`.
+    """Which rows {source, messages} a step takes: 'all', 'ja', 'en', or a pattern of source names like `sli*`.
 
     Raises `ShisaError` where none fits.
     """
@@ -227,7 +227,7 @@ def stopping(
              for row, reply in zip(rows, replies)]
     return {"all": sum(reply.stopped for reply in replies) / max(len(replies), 1), **shares}, shown
 
-# %% ../nbs/51_sft.ipynb #3a7c9614
+# %% ../nbs/51_sft.ipynb #69ad0df6
 class SftConfig(StageConfig):
     """How to fine-tune, and how to look at the result."""
 
@@ -266,7 +266,7 @@ def config(profile: str) -> SftConfig:
         return (SftStep(name="mix", epochs=epochs, learning_rate=first), SftStep(name="japanese", rows="ja", learning_rate=second))
 
     return SftConfig(**{
-        "tiny": {"steps": two(3e-3, 2, 1e-3), "family_repeats": 5},
+        "tiny": {"steps": two(3e-3, 2, 1e-3), "family_repeats": 5, "batch_size": 8, "micro_batch": 8},
         "small": {"steps": two(2e-3, 2, 5e-4), "max_length": 1024, "family_repeats": 4},
         "h100": {"steps": two(1e-4, 2, 5e-5), "batch_size": 32, "micro_batch": 16, "max_length": 2048,
                  "dtype": "bfloat16", "family_repeats": 1, "checkpoint_every": 200},
@@ -276,7 +276,7 @@ def config(profile: str) -> SftConfig:
                     "gradient_checkpointing": True, "checkpoint_every": 200},
     }[profile])
 
-# %% ../nbs/51_sft.ipynb #b3a60840
+# %% ../nbs/51_sft.ipynb #8cdc9660
 def fitting_rows(
     config: SftConfig, tokenizer: Any, table: pl.DataFrame, context: int, work: Work
 ) -> tuple[pl.DataFrame, list[dict]]:
@@ -366,7 +366,7 @@ def run(config: SftConfig, inputs: dict[str, Artifact], work: Work) -> dict[str,
     return metrics
 
 
-STAGE = Stage("51_sft", 3, ("31_pretrain", "43_sft_data"), config, run)
+STAGE = Stage("51_sft", 4, ("31_pretrain", "43_sft_data"), config, run)
 
 # %% ../nbs/51_sft.ipynb #129f0cc5
 def plot(artifact: Artifact) -> Any:

@@ -371,16 +371,15 @@ def external(config: Config) -> dict[str, str]:
 
 STAGE = Stage("41_translate", 2, (), config, run, external)
 
-# %% ../nbs/41_translate.ipynb #8c687705
+# %% ../nbs/41_translate.ipynb #c79587f5
 def own_config(profile: str, source: str, form: str, direction: str, limit: int, licence: str, cap_usd: float, cap_tokens: int) -> Config:
     """The profile's settings with one set of the user's own (none: the profile's sets), for any endpoint."""
     chosen = config(profile)
     if source:
         place = str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source
-        name = Path(place).name.partition(".")[0] or "own"
-        chosen = chosen.change(sources=(SetSpec(name=name, place=place, form=form, licence=licence, limit=limit),), direction=direction)
-    caps = {"cap_usd": cap_usd or chosen.cap_usd, "cap_tokens": cap_tokens or chosen.cap_tokens}
-    return chosen.change(**caps)
+        own = SetSpec(name=Path(place).name.partition(".")[0] or "own", place=place, form=form, licence=licence, limit=limit)
+        chosen = chosen.change(sources=(own,), direction=direction)
+    return chosen.change(cap_usd=cap_usd or chosen.cap_usd, cap_tokens=cap_tokens or chosen.cap_tokens)
 
 # %% ../nbs/41_translate.ipynb #6bf30fbe
 def plot(artifact: Artifact) -> Any:
