@@ -259,7 +259,7 @@ def bill(config: Config, root: Path) -> Bill:
     with closing(AnswerStore(root / "store" / "answers.sqlite")) as store, endpoints_of(config) as endpoints:
         return Client(store, endpoints, say=lambda line: None).estimate(requests(config, chats))
 
-# %% ../nbs/41_translate.ipynb #7f53c2a0
+# %% ../nbs/41_translate.ipynb #b18e2011
 TALK = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 SCHEMA = dict.fromkeys(("id", "kind", "source", "licence", "origin"), pl.String) | {"messages": TALK, "original": TALK}
 SHARD, PATIENCE = 20_000, 50
@@ -270,8 +270,7 @@ class Tables:
 
     def __init__(self, config: Config, work: Work):
         self.config, self.work, self.number = config, work, 0
-        self.kept: list[dict[str, Any]] = []
-        self.rows: list[dict[str, Any]] = []
+        self.kept, self.rows = [], []  # of the shard at hand
         self.total, self.dropped, self.refused, self.origins = 0, Counter(), Counter(), Counter()
         self.status, self.counts = Counter(), Counter()
         self.used: Used = {}
