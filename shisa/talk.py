@@ -158,7 +158,7 @@ def why_refused(source: str, target: str) -> str:
         return ""
     return match.group()
 
-# %% ../nbs/lib/18_talk.ipynb #83063aec
+# %% ../nbs/lib/18_talk.ipynb #551c7c96
 QUESTION_END_JA = re.compile(r"[?？]|(?:か|かな|かしら|だい|かい|っけ|のか|だろう|でしょう|ないの|の|よね|よな|わね|は|って|とは|ね)[」』）)*\s]*\Z"
                              r"|(?:教え|聞かせ|お聞かせ|お知らせ|お尋ね|願い|もらえ|いただけ|くれ|頂け)[^。]{0,12}[」』）)*よね\s]*\Z")
 REQUEST_END_JA = re.compile(r"(?:ください|下さい|くださいませ|お願い(?:します|いたします|です)?|ちょうだい|なさい|ほしい(?:です)?|欲しい(?:です)?)[」』）)*よね\s]*\Z")
@@ -184,7 +184,7 @@ REQUESTS: dict[str, str] = {
     "teach": "教え", "determine": "かどうか|判断|判定|決定|決め|求め|調べ|特定|定", "decide": "決|判断|判定", "predict": "予測|予想", "state": "述べ|示|言|書|宣", "sing": "歌", "count": "数え|カウント", "spell": "綴|つづ|スペル", "speak": "話|しゃべ|しゃべっ|言", "roleplay": "ロールプレイ|役|演", "reverse": "逆|反転|反対", "guess": "推測|当て|思|推", "prove": "証明|示", "reveal": "明か|教え|示|開示|見せ|公開|表", "delete": "削除|消", }
 REQUEST_EN = re.compile(r"^(?:[-*] |\d{1,2}[.)] |[\"'“(])*(?:(?:please|kindly|now|then|also|just|instead|next|first|finally|but|and|could you|can you|would you|will you|i want you to|i'd like you to|you (?:must|should)(?: now)?|your task is to|let's)[ ,]+){0,3}(" + "|".join(REQUESTS) + r")\b(?![-:(.=_*/`])", re.IGNORECASE)
 REQUEST_FORM_JA = re.compile(r"ください|下さい|なさい|せよ|しろ|[えけげせぜてでねべめれ]よ?[。！!]|くれ|ほしい|欲しい|お願い|頼む|ましょう|もらえ|いただけ|頂け|いただき|こと[。」\n]|よう(?:に)?[。\n]|ろ[。！!よ]|ちょうだい|てね|てよ|な[。！!]|だめ|ならない|いけない|たい(?:です|と思|の|。)|まえ|たまえ|べき|どうぞ|\?|？|か。|さい|ませ|たら|方がいい|ほうがいい|ほうがよ|方がよ")
-LOOSE = frozenset("give tell make show find help name say add choose fill forget continue remove answer speak sing print count guess imagine act repeat complete provide plan sort spell use".split())
+LOOSE = frozenset("give tell make show find help name say add choose fill forget continue remove speak sing print count guess imagine act complete provide plan sort spell use".split())
 REQUESTS_JA: dict[str, str] = {
     "教え": "tell|teach|know|show|explain|advi|inform|what|how|where|when|why|who|which|give|share|suggest|let|please|could you|can you|list|name|describe|point|say",
     "説明し": "explain|descri|tell|clarif|illustrat|account", "書い": "give|invit|need|writ|compos|draft|spell|put|creat|author", "挙げ": "list|name|give|mention|provide|suggest|cite|identif|rais|lift|enumerat",
@@ -197,15 +197,15 @@ _VAGUE = ("name make count state help remove print find reverse plan design gues
 
 
 NEEDS_OBJECT = re.compile(r"(?:name|make|count|state|use|help|run|remove|order|send|print|find|reverse|stop|plan|design|guess|outline|add|fill|output|say|sort|speak|sing|spell|complete|delete|execute|give|tell|repeat) "
-                          r"(?:me|us|it|that|this|an?|the|your|my|some|all|any|each|every|up|out|how|what|who|only|exactly|hello|one|two|three|four|five|six|ten|\d+|[\"'“‘])(?!\w)|show (?:me|us|how|that|your)\b", re.IGNORECASE)
+                          r"(?:me|us|it|after|that|this|an?|the|your|my|some|all|any|each|every|up|out|how|what|who|only|exactly|hello|one|two|three|four|five|six|ten|\d+|[\"'“‘])(?!\w)|show (?:me|us|how|that|your)\b", re.IGNORECASE)
 
 
 def _requests(text: str) -> list[str]:
-    found = []
-    for sentence in sentences(text):
+    found, text = [], re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for sentence in (part for each in sentences(text) for part in re.split(r"(?<=[;:])\s+", each)):
         if match := REQUEST_EN.match(sentence):
             verb, rest = match.group(1).lower(), sentence[match.start(1) :]
-            if verb + " " not in _VAGUE or NEEDS_OBJECT.match(rest):
+            if (verb + " " not in _VAGUE or NEEDS_OBJECT.match(rest)) and not re.match(r"tell (?:me|us) (?:if|when|should)\b", rest, re.IGNORECASE):
                 found.append(verb)
     return found
 
