@@ -18,12 +18,12 @@ from functools import lru_cache
 
 from .leaks import is_english_prose
 
-# %% ../nbs/lib/18_kept.ipynb #f242960d
+# %% ../nbs/lib/18_kept.ipynb #668e840a
 FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
 INLINE = re.compile(r"(?<!`)(`{1,2})(?!`)((?:[^`\n]|\n(?!\n)|(?<!`)`(?!`)){1,300}?)(?<!`)\1(?!`)")
 REFERENCE = re.compile(r"(?<!`)`[^`\n]{1,200}`__?(?!\w)")  # of reStructuredText: its words are translated
 ADDRESS = re.compile(
-    r"(?:https?|ftp)://[^\s\"<>`|{}\\^]+|www\.[\w-]+(?:\.[\w-]+)+[^\s\"<>`|]*|[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+"
+    r"(?:https?|ftp)://[^\s\"<>`|{}\\^\u2010-\uffff]+|www\.[\w-]+(?:\.[\w-]+)+[^\s\"<>`|\u2010-\uffff]*|[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+"
     r"|(?<![\w@./-])(?:[a-z\d-]{1,40}\.){1,4}(?:com|org|net|edu|gov|info|dev|io|jp|uk|ai)(?:/[\w./?=&%#+~-]*)?(?![\w-]|\.\w)", re.ASCII)
 PLACEHOLDER = re.compile(
     r"\{\{[^{}\n]{1,60}\}\}|\$?\{[A-Za-z_][\w.\[\]]*(?:![rsa])?(?::[^{}\n\s]{0,12})?\}|\{\d{0,2}\}|%\([^()\n]{1,40}\)[#0 +-]?[\d.]*[sdifrgx]"
@@ -79,7 +79,6 @@ def addresses(text: str) -> list[str]:
     """URLs and e-mail addresses, without the punctuation that ends a sentence."""
     if "." not in text and "@" not in text:
         return []
-    text = re.sub("[\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef]", " ", text)
     return [found.rstrip(".,;:!?)]'*_~") for found in ADDRESS.findall(text)]
 
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ABOUT_TRANSLATION', 'LEAD', 'CHAT', 'OFFER', 'THANKS', 'OPENERS_SAID', 'OFFER_ALLOWED', 'NOTE', 'NOTE_ALLOWED',
-           'META', 'META_ALLOWED', 'READING', 'DECLINES_JA', 'DECLINES_EN', 'SOURCE_DECLINES_EN', 'SOURCE_DECLINES_JA',
-           'TOPICS', 'QUESTION_END_JA', 'WH_JA', 'YES_NO_JA', 'YES_NO', 'POLITE_QUESTION', 'POLITE_END_JA',
-           'QUESTION_EN', 'REQUESTS', 'REQUEST_EN', 'REQUEST_FORM_JA', 'LOOSE', 'REQUESTS_JA', 'ASKED_JA',
-           'NEEDS_OBJECT', 'REMARK', 'DECLINED', 'why_chatty', 'reply_like', 'why_refused', 'glossary', 'common_words',
-           'why_answered']
+           'META', 'META_ALLOWED', 'READING', 'FRAME', 'LEAD_LINE', 'DECLINES_JA', 'DECLINES_EN', 'SOURCE_DECLINES_EN',
+           'SOURCE_DECLINES_JA', 'TOPICS', 'QUESTION_END_JA', 'REQUEST_END_JA', 'WH_JA', 'YES_NO_JA', 'YES_NO',
+           'POLITE_QUESTION', 'POLITE_END_JA', 'QUESTION_EN', 'REQUESTS', 'REQUEST_EN', 'REQUEST_FORM_JA', 'LOOSE',
+           'REQUESTS_JA', 'ASKED_JA', 'NEEDS_OBJECT', 'REMARK', 'DECLINED', 'why_chatty', 'reply_like', 'why_refused',
+           'glossary', 'common_words', 'why_answered']
 
 # %% ../nbs/lib/18_talk.ipynb #e1f95c58
 import re
@@ -19,7 +19,7 @@ from importlib.resources import files
 from .amounts import WIDE
 from .language import bare, joined, sentences
 
-# %% ../nbs/lib/18_talk.ipynb #6f4ebba6
+# %% ../nbs/lib/18_talk.ipynb #f7150f55
 ABOUT_TRANSLATION = re.compile(r"translat|translit|interpret|render|japanese|英語|日本語|翻訳|訳", re.IGNORECASE)
 LEAD = r"\A[\s\W_]*"
 CHAT = re.compile(
@@ -57,6 +57,11 @@ NOTE_ALLOWED = re.compile(r"\bnotes?\b|notice|remark|\bcomment|caution|warning|a
 META = re.compile(r"翻訳|訳文|和訳|邦訳|英訳|直訳|意訳|原文")
 META_ALLOWED = re.compile(r"translat|interpret|render|original|source|locali[sz]|internationali[sz]|i18n|text|version|gettext|convert|catalog|japanese|english|transcri|put .{0,30} into", re.IGNORECASE)
 READING = re.compile(r"[(（\[]\s*(?:romaji|ローマ字|(?:読み(?:方|仮名)?|よみ|発音|ふりがな|pronunciation|reading)\s*[:：])|(?:^|\n)\W*(?:romaji|ローマ字|読み(?:方|仮名)?|発音|ふりがな|pronunciation|reading)\W{0,3}[:：]", re.IGNORECASE)
+FRAME = re.compile(LEAD + r"(?:[AQ]|回答|答え)\s?[:：]|\A\s*<(?:translation|output|answer|japanese|english|ja|en|result)>|" + LEAD + r"(?:はい、どうぞ|どうぞ[。：:\n]|お待たせ(?:しました|いたしました)|こちらです[。：:]|こちらになります|here (?:you go|it is|you are)[:：!.\n])"
+                   r"|日本語(?:では|で言うと|だと)[、]?[「『]|英語(?:では|で言うと|だと)[、]?[「『\"“]|(?:以上です|以上、ご確認|ご確認ください)[。．]?\s*\Z", re.IGNORECASE)
+LEAD_LINE = re.compile(r"\A[^\n]{1,40}[:：][ \t]*\n")
+
+
 def why_chatty(source: str, target: str) -> str:
     """What a translation says about itself, before, after or in the middle; or an empty string."""
     plain = joined(source)
@@ -67,9 +72,14 @@ def why_chatty(source: str, target: str) -> str:
             return match.group()
     elif (match := CHAT.search(target)) and not CHAT.search(plain) and re.search(r"\A\W*(?:sure|以下|here|翻訳[:：]|日本語訳[:：]|translation[:：])|訳注|translator", match.group(), re.IGNORECASE):
         return match.group().strip()
+    if match := FRAME.search(target) or (None if ":" in source or "：" in source or "\n" in source.strip() else LEAD_LINE.search(target)):
+        if not FRAME.search(plain) and not re.search("以上|above|that's all|that is all|here (?:you|it|is|are)|wait", plain, re.IGNORECASE):
+            return match.group().strip()[:60]
     before, after = ([part for part in re.split(r"\n\s*\n", text.strip()) if part] for text in (source, target))
     if len(after) > len(before) and (match := NOTE.match(after[-1])):
         return match.group().strip()
+    if len(before) == 1 and len(after) > 1 and "```" not in target and "\n" not in source.strip():
+        return f"a paragraph that the source has not: {after[-1][:30]}"
     for pattern, allowed in ((NOTE, NOTE_ALLOWED), (READING, READING)):
         if (match := pattern.search(target)) and not allowed.search(plain):
             return match.group().strip()
@@ -148,10 +158,10 @@ def why_refused(source: str, target: str) -> str:
         return ""
     return match.group()
 
-# %% ../nbs/lib/18_talk.ipynb #ae746187
-QUESTION_END_JA = re.compile(
-    r"[?？]|(?:か|かな|かしら|だい|かい|っけ|のか|だろう|でしょう|ないの|の|よね|よな|わね|は|って|とは|ね)[」』）)*\s]*\Z|"
-    r"(?:ください|下さい|もらえ(?:る|ます|ません|ない)か?|いただけ(?:る|ます|ません|ない)か?|くれ(?:る|ます|ません|ない)?か?|頂け(?:る|ます|ません)か?|お願い(?:します|いたします|です)?|ちょうだい|なさい|教えて|ほしい(?:です)?|欲しい(?:です)?)[」』）)*よね\s]*\Z")
+# %% ../nbs/lib/18_talk.ipynb #551c7c96
+QUESTION_END_JA = re.compile(r"[?？]|(?:か|かな|かしら|だい|かい|っけ|のか|だろう|でしょう|ないの|の|よね|よな|わね|は|って|とは|ね)[」』）)*\s]*\Z"
+                             r"|(?:教え|聞かせ|お聞かせ|お知らせ|お尋ね|願い|もらえ|いただけ|くれ|頂け)[^。]{0,12}[」』）)*よね\s]*\Z")
+REQUEST_END_JA = re.compile(r"(?:ください|下さい|くださいませ|お願い(?:します|いたします|です)?|ちょうだい|なさい|ほしい(?:です)?|欲しい(?:です)?)[」』）)*よね\s]*\Z")
 WH_JA = re.compile("何(?!か|ら|も|度も|とか|らか|でも|回も|人も)|なに(?!か|も)|なん(?:で|だ|な|の|と)|どう(?!か|し?ても|せ|も|にか)|どんな(?!に)|どの(?!よう[なに][^。]*も)|どれ(?!も|か|だけ)|どこ(?!か|も|でも)|どちら(?!も|か|でも)|どっち|だれ(?!か|も|でも)|誰(?!か|も|でも)|いつ(?!か|も|でも|の間)|いくつ(?!か|も)|いくら(?!か|でも)|なぜ|なんで|どうして(?!も)|いかが")
 YES_NO_JA = re.compile(r"\A\W*(?:はい|いいえ|いえ|ええ|うん|ううん|yes|no)[、,。.!！]", re.IGNORECASE)
 YES_NO = re.compile(r"\b(?:yes|no|yeah|yep|nope|well|sure|oh|not|right|ok|okay|all right|aye|ah|hello|certainly|of course|here)\b|はい|いいえ|ええ|いや|うん", re.IGNORECASE)
@@ -174,7 +184,7 @@ REQUESTS: dict[str, str] = {
     "teach": "教え", "determine": "かどうか|判断|判定|決定|決め|求め|調べ|特定|定", "decide": "決|判断|判定", "predict": "予測|予想", "state": "述べ|示|言|書|宣", "sing": "歌", "count": "数え|カウント", "spell": "綴|つづ|スペル", "speak": "話|しゃべ|しゃべっ|言", "roleplay": "ロールプレイ|役|演", "reverse": "逆|反転|反対", "guess": "推測|当て|思|推", "prove": "証明|示", "reveal": "明か|教え|示|開示|見せ|公開|表", "delete": "削除|消", }
 REQUEST_EN = re.compile(r"^(?:[-*] |\d{1,2}[.)] |[\"'“(])*(?:(?:please|kindly|now|then|also|just|instead|next|first|finally|but|and|could you|can you|would you|will you|i want you to|i'd like you to|you (?:must|should)(?: now)?|your task is to|let's)[ ,]+){0,3}(" + "|".join(REQUESTS) + r")\b(?![-:(.=_*/`])", re.IGNORECASE)
 REQUEST_FORM_JA = re.compile(r"ください|下さい|なさい|せよ|しろ|[えけげせぜてでねべめれ]よ?[。！!]|くれ|ほしい|欲しい|お願い|頼む|ましょう|もらえ|いただけ|頂け|いただき|こと[。」\n]|よう(?:に)?[。\n]|ろ[。！!よ]|ちょうだい|てね|てよ|な[。！!]|だめ|ならない|いけない|たい(?:です|と思|の|。)|まえ|たまえ|べき|どうぞ|\?|？|か。|さい|ませ|たら|方がいい|ほうがいい|ほうがよ|方がよ")
-LOOSE = frozenset("give tell make show find help name say add choose fill forget continue remove answer speak sing print count guess imagine act repeat complete provide plan sort spell use".split())
+LOOSE = frozenset("give tell make show find help name say add choose fill forget continue remove speak sing print count guess imagine act complete provide plan sort spell use".split())
 REQUESTS_JA: dict[str, str] = {
     "教え": "tell|teach|know|show|explain|advi|inform|what|how|where|when|why|who|which|give|share|suggest|let|please|could you|can you|list|name|describe|point|say",
     "説明し": "explain|descri|tell|clarif|illustrat|account", "書い": "give|invit|need|writ|compos|draft|spell|put|creat|author", "挙げ": "list|name|give|mention|provide|suggest|cite|identif|rais|lift|enumerat",
@@ -187,15 +197,15 @@ _VAGUE = ("name make count state help remove print find reverse plan design gues
 
 
 NEEDS_OBJECT = re.compile(r"(?:name|make|count|state|use|help|run|remove|order|send|print|find|reverse|stop|plan|design|guess|outline|add|fill|output|say|sort|speak|sing|spell|complete|delete|execute|give|tell|repeat) "
-                          r"(?:me|us|it|that|this|an?|the|your|my|some|all|any|each|every|up|out|how|what|who|only|exactly|hello|one|two|three|four|five|six|ten|\d+|[\"'“‘])(?!\w)|show (?:me|us|how|that|your)\b", re.IGNORECASE)
+                          r"(?:me|us|it|after|that|this|an?|the|your|my|some|all|any|each|every|up|out|how|what|who|only|exactly|hello|one|two|three|four|five|six|ten|\d+|[\"'“‘])(?!\w)|show (?:me|us|how|that|your)\b", re.IGNORECASE)
 
 
 def _requests(text: str) -> list[str]:
-    found = []
-    for sentence in sentences(text):
+    found, text = [], re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for sentence in (part for each in sentences(text) for part in re.split(r"(?<=[;:])\s+", each)):
         if match := REQUEST_EN.match(sentence):
             verb, rest = match.group(1).lower(), sentence[match.start(1) :]
-            if verb + " " not in _VAGUE or NEEDS_OBJECT.match(rest):
+            if (verb + " " not in _VAGUE or NEEDS_OBJECT.match(rest)) and not re.match(r"tell (?:me|us) (?:if|when|should)\b", rest, re.IGNORECASE):
                 found.append(verb)
     return found
 
@@ -253,7 +263,7 @@ def why_answered(source: str, target: str, source_lang: str = "en") -> str:
         for verb, stems in REQUESTS_JA.items():
             if verb in source and re.search(verb + ASKED_JA, source, re.MULTILINE) and not re.search(rf"\b(?:{stems})", rest, re.IGNORECASE):
                 return f"{verb}: {came[0][:40]}"
-    return _something_else(source, rest, source_lang) or _more_than_asked(source, rest, parts, came)
+    return _something_else(source, target, source_lang) or _more_than_asked(source, rest, parts, came)
 
 
 def _something_else(source: str, target: str, source_lang: str) -> str:
@@ -273,7 +283,9 @@ def _asks(part: str, count: int, asked: Sequence[str]) -> bool:
     end = part.rstrip("。.!！ ")
     if QUESTION_END_JA.search(end) or "？" in part or "?" in part or ((count <= len(asked) or end.endswith("ましょう")) and WH_JA.search(part)):
         return True
-    return any(POLITE_QUESTION.match(each) for each in asked) and bool(POLITE_END_JA.search(end))
+    if REQUEST_END_JA.search(end) and len(part) <= 16:
+        return True
+    return any(POLITE_QUESTION.match(each) for each in asked) and bool(POLITE_END_JA.search(end) or REQUEST_END_JA.search(end))
 
 
 def _more_than_asked(source: str, target: str, parts: Sequence[str], came: Sequence[str]) -> str:
