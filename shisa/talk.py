@@ -19,7 +19,7 @@ from importlib.resources import files
 from .amounts import WIDE
 from .language import bare, joined, sentences
 
-# %% ../nbs/lib/18_talk.ipynb #f7150f55
+# %% ../nbs/lib/18_talk.ipynb #2fbde50f
 ABOUT_TRANSLATION = re.compile(r"translat|translit|interpret|render|japanese|英語|日本語|翻訳|訳", re.IGNORECASE)
 LEAD = r"\A[\s\W_]*"
 CHAT = re.compile(
@@ -66,7 +66,7 @@ def why_chatty(source: str, target: str) -> str:
     """What a translation says about itself, before, after or in the middle; or an empty string."""
     plain = joined(source)
     if not ABOUT_TRANSLATION.search(plain):
-        if match := CHAT.search(target):
+        if match := next((match for match in CHAT.finditer(target) if match.group().strip() not in source), None):
             return match.group().strip()
         if (match := META.search(target)) and not META_ALLOWED.search(plain):
             return match.group()
@@ -112,9 +112,9 @@ def _wrapped(source: str, target: str) -> str:
             return f"in {opener}{closer}"
     return ""
 
-# %% ../nbs/lib/18_talk.ipynb #bc29b3a1
+# %% ../nbs/lib/18_talk.ipynb #2932544a
 DECLINES_JA = re.compile(
-    r"(?:申し訳|恐れ入り|恐縮|すみません|すいません|ごめんなさい|残念(?:ながら|ですが)|あいにく)[^。！？\n]{0,80}(?:でき(?:ません|かね)|出来(?:ません|かね)|いたしかね|致しかね|しかね(?:ます|る)|応じ(?:られ|かね)|答え(?:られ|かね)|受けられ|控え|遠慮|難しい(?:です|状況)|お断り|わかり(?:ません|かね)|分かり(?:ません|かね)|持ち合わせて|対応して(?:おりません|いません)|存じません|ありません|ございません)"
+    r"(?:申し訳|恐れ入り|恐縮|すみません|すいません|ごめんなさい|残念(?:ながら|ですが)|あいにく)[^。！？\n]{0,80}(?:でき(?:ません|かね)|出来(?:ません|かね)|いたしかね|致しかね|しかね(?:ます|る)|応じ(?:られ|かね)|答え(?:られ|かね)|受けられ|控え|遠慮|難しい(?:です|状況)|お断り|わかり(?:ません|かね)|分かり(?:ません|かね)|持ち合わせて|対応して(?:おりません|いません)|存じません|(?<!申し訳)(?<!申しわけ)(?:ありません|ございません))"
     r"|(?:お答え|回答|お応え|ご?対応|お手伝い|ご協力|ご?翻訳|ご提供|お受け|ご案内|応答|返答|お教え|情報(?:を|の)提供)(?:する|いたす|差し上げる)?(?:を|は|には|が|に|も|の|こと|ことが|ことは|する|お)*\s*(?:でき(?:ません|かね|ない)|出来(?:ません|かね)|いたしかね|致しかね|しかね(?:ます|る)|控え|差し控え|ご?遠慮|拒否|お断り|不可能|難しい)"
     r"|AI(?:言語)?(?:モデル|アシスタント|システム)?(?:として|であるため|なので|ですので|のため)|(?:私|わたし|当方|こちら)(?:は|の)[^。\n]{0,12}(?:AI|人工知能|言語モデル|アシスタント)|大規模言語モデル"
     r"|(?:ご要望|ご依頼|ご質問|リクエスト|その要求|この依頼|この要求|そのご依頼)(?:に|には|は|を)[^。\n]{0,16}(?:応え(?:でき|かね|られ)|沿え|沿いかね|添え|対応でき|お応えでき|お答えでき|応じ(?:られ|かね)|お受けでき|受け付け(?:られ|て)|処理でき|実行でき|拒否|お断り|できません|できかね)"
@@ -158,7 +158,7 @@ def why_refused(source: str, target: str) -> str:
         return ""
     return match.group()
 
-# %% ../nbs/lib/18_talk.ipynb #551c7c96
+# %% ../nbs/lib/18_talk.ipynb #8fcb19c8
 QUESTION_END_JA = re.compile(r"[?？]|(?:か|かな|かしら|だい|かい|っけ|のか|だろう|でしょう|ないの|の|よね|よな|わね|は|って|とは|ね)[」』）)*\s]*\Z"
                              r"|(?:教え|聞かせ|お聞かせ|お知らせ|お尋ね|願い|もらえ|いただけ|くれ|頂け)[^。]{0,12}[」』）)*よね\s]*\Z")
 REQUEST_END_JA = re.compile(r"(?:ください|下さい|くださいませ|お願い(?:します|いたします|です)?|ちょうだい|なさい|ほしい(?:です)?|欲しい(?:です)?)[」』）)*よね\s]*\Z")
@@ -181,8 +181,8 @@ REQUESTS: dict[str, str] = {
     "analyze": "分析|解析", "analyse": "分析|解析", "evaluate": "評価", "choose": "選|えら", "show": "見せ|示し|教え|表示|案内|示|表", "imagine": "想像|と(?:し|仮定)|考え|思", "pretend": "ふり|つもり|なりき|と仮定|装", "act": "演|行動|ふるま|振る舞|役|なりき|として",
     "answer": "答|回答|応|出", "respond": "答|回答|返|応", "reply": "答|返|応", "repeat": "繰り返|くり返|復唱|もう|言", "ignore": "無視", "disregard": "無視", "forget": "忘|無視", "output": "出力|表示|書", "print": "印刷|出力|表示|プリント|印字|書", "say": "言|述べ|いっ|いう|話", "sort": "並べ|ソート|整列|分類", "rank": "順位|並べ|ランク",
     "complete": "完成|埋め|続き|完了|補|仕上げ|終", "fill": "埋め|満|記入|注|入", "continue": "続け|続き|継続", "simplify": "簡単|簡潔|簡略|単純|わかりやす|分かりやす", "expand": "展開|広げ|膨らま|詳し|拡", "shorten": "短|縮", "replace": "置き換|置換|変え|取り替|入れ替|代", "add": "加え|追加|足|付け|入れ|添え", "remove": "削除|取り除|外|消|除|取|脱|片", "help": "手伝|助け|教え|協力|くれ|ください|相談|自由|取|召|お願",
-    "teach": "教え", "determine": "かどうか|判断|判定|決定|決め|求め|調べ|特定|定", "decide": "決|判断|判定", "predict": "予測|予想", "state": "述べ|示|言|書|宣", "sing": "歌", "count": "数え|カウント", "spell": "綴|つづ|スペル", "speak": "話|しゃべ|しゃべっ|言", "roleplay": "ロールプレイ|役|演", "reverse": "逆|反転|反対", "guess": "推測|当て|思|推", "prove": "証明|示", "reveal": "明か|教え|示|開示|見せ|公開|表", "delete": "削除|消", }
-REQUEST_EN = re.compile(r"^(?:[-*] |\d{1,2}[.)] |[\"'“(])*(?:(?:please|kindly|now|then|also|just|instead|next|first|finally|but|and|could you|can you|would you|will you|i want you to|i'd like you to|you (?:must|should)(?: now)?|your task is to|let's)[ ,]+){0,3}(" + "|".join(REQUESTS) + r")\b(?![-:(.=_*/`])", re.IGNORECASE)
+    "teach": "教え", "determine": "かどうか|判断|判定|決定|決め|求め|調べ|特定|定", "decide": "決|判断|判定", "predict": "予測|予想", "state": "述べ|示|言|書|宣", "sing": "歌", "count": "数え|カウント", "spell": "綴|つづ|スペル", "speak": "話|しゃべ|しゃべっ|言", "roleplay": "ロールプレイ|役|演", "reverse": "逆|反転|反対", "guess": "推測|当て|思|推", "greet": "挨拶|あいさつ|迎え|声を", "refuse": "断|拒|辞退|応じ", "prove": "証明|示", "reveal": "明か|教え|示|開示|見せ|公開|表", "delete": "削除|消", }
+REQUEST_EN = re.compile(r"^(?:[-*] |\d{1,2}[.)] |[\"'“(])*(?:(?:if you are|instead of|before you|from now on|as an?)\b[^,.!?\n]{0,60}, )?(?:(?:please|kindly|now|then|also|just|instead|next|first|finally|but|and|could you|can you|would you|will you|i want you to|i'd like you to|you (?:must|should)(?: now)?|your task is to|let's)[ ,]+){0,3}(" + "|".join(REQUESTS) + r")\b(?![-:(.=_*/`])", re.IGNORECASE)
 REQUEST_FORM_JA = re.compile(r"ください|下さい|なさい|せよ|しろ|[えけげせぜてでねべめれ]よ?[。！!]|くれ|ほしい|欲しい|お願い|頼む|ましょう|もらえ|いただけ|頂け|いただき|こと[。」\n]|よう(?:に)?[。\n]|ろ[。！!よ]|ちょうだい|てね|てよ|な[。！!]|だめ|ならない|いけない|たい(?:です|と思|の|。)|まえ|たまえ|べき|どうぞ|\?|？|か。|さい|ませ|たら|方がいい|ほうがいい|ほうがよ|方がよ")
 LOOSE = frozenset("give tell make show find help name say add choose fill forget continue remove speak sing print count guess imagine act complete provide plan sort spell use".split())
 REQUESTS_JA: dict[str, str] = {
@@ -191,7 +191,9 @@ REQUESTS_JA: dict[str, str] = {
     "列挙": "list|enumerat|name|give", "要約": "summar|condens|brief|digest", "まとめ": "sum up|summar|put together|organi|compil|pack|gather|wrap|outline|consolidat|writ", "翻訳": "translat", "訳し": "translat|render",
     "作って": "mak|creat|writ|build|prepar|generat|compos|cook|design|produc|develop", "作成": "creat|writ|mak|generat|draft|prepar|build|produc|design|develop|compos", "考え": "think|come up|consider|devis|suggest|creat|plan|brainstorm|imagin|propos|idea",
     "答え": "answer|repl|respond|respons|solv", "回答": "answer|repl|respond|respons", "比較し": "compar|contrast|differ", "分類": "classif|categor|sort|group", "提案": "suggest|propos|recommend|offer",
-    "計算": "calculat|comput|work out|figure|find", "リスト[にをア化]": "list", "生成": "generat|creat|produc|mak", "書き直": "turn|chang|mak|rewrit|rephras|revis|redo|reword|re-writ", "無視": "ignor|disregard|overlook|forget", "忘れて": "forget|disregard|ignor"}
+    "計算": "calculat|comput|work out|figure|find", "リスト[にをア化]": "list", "生成": "generat|creat|produc|mak", "書き直": "turn|chang|mak|rewrit|rephras|revis|redo|reword|re-writ", "無視": "ignor|disregard|overlook|forget", "忘れて": "forget|disregard|ignor",
+    "書き出し": "writ|list|copy|output|print|put|spell|export|reproduc|transcrib|jot", "(?<!電)話し": "tell|talk|speak|say|shar|chat|discuss|describ|spoke|let|explain",
+    "述べ": "stat|say|mention|describ|express|tell|explain|declar|not|giv|remark|set out|repl|answer|discuss|comment"}
 ASKED_JA = "[^。！？\\n]{0,12}(?:て(?:ください|下さい|くださ|ほしい|欲しい|くれ(?!た|て)|もらえ|もらい|いただけ|いただき|頂け|頂き|ね|よ)|なさい|せよ|しろ|お願い|て[。！]?$)"
 _VAGUE = ("name make count state help remove print find reverse plan design guess outline add fill output say sort speak sing spell complete delete give tell repeat show ")
 
@@ -261,7 +263,7 @@ def why_answered(source: str, target: str, source_lang: str = "en") -> str:
         if asked and "?" not in rest and not re.search(r"\b(?:would you|could you|can you|will you|may i|shall|let's|please|wonder|how about|why not|what|how|whether|if)\b", rest, re.IGNORECASE):
             return f"no question: {came[-1][:40]}"
         for verb, stems in REQUESTS_JA.items():
-            if verb in source and re.search(verb + ASKED_JA, source, re.MULTILINE) and not re.search(rf"\b(?:{stems})", rest, re.IGNORECASE):
+            if re.search(verb + ASKED_JA, source, re.MULTILINE) and not re.search(rf"\b(?:{stems})", rest, re.IGNORECASE):
                 return f"{verb}: {came[0][:40]}"
     return _something_else(source, target, source_lang) or _more_than_asked(source, rest, parts, came)
 
