@@ -128,7 +128,7 @@ def sources_of(kind: str, pairs: list[Pair]) -> list[Pair]:
     if kind == "mixed_register":
         polite = [pair for pair in pairs if re.search(r"(?:です|ます|ました)。$", pair[1]) and pair[1].count("。") == 1]
         draw = random.Random("register")
-        groups = [draw.sample(polite, 3) for _ in range(240)]
+        groups = [draw.sample(polite, 3) for _ in range(480)]
         return [(" ".join(source for source, _ in group), "".join(target for _, target in group)) for group in groups]
     return pairs + list(framed(pairs, kind, 260)) if kind in FRAMED else pairs
 
@@ -181,7 +181,7 @@ def asked(folder: Path, pairs: dict[str, Pair], questions: list[str]) -> Iterato
     long += [" ".join(group) for group in zip(sources[::2], sources[1::2], strict=False) if len(" ".join(group)) >= 60]
     yield "length_ratio", "a text of 60 characters or more as the user's turn, greedy, answers of at most 8 characters", [
         (s, r.text) for s, r in zip(long, ask(long, 30, 0.0), strict=True) if 0 < len(r.text) <= 8]
-    prompts = [target for _, target in pairs.values()] * 2
+    prompts = [target for _, target in pairs.values()] * 3
     starts = [target[: 2 + len(target) * part // 4] for part in (1, 2, 3, 4) for _, target in pairs.values()]
     going = complete(model, tokenizer, starts, 40, 0.0)
     yield "looping", "continue the first part of a Japanese text, greedy, 40 tokens, never ended; fewer than a third of its 4-grams of characters differ", [

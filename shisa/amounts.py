@@ -235,7 +235,7 @@ def changed_numbers(source: str, target: str, source_lang: Language = "en") -> l
     lost = lost_numbers(source, target, source_lang, words=True)
     mentioned = said(source, source_lang)
     new = [f"+{amount.written}" for amount in amounts(target, other, True)
-           if amount.values.isdisjoint(mentioned) and not re.fullmatch("[二三]", amount.written)]
+           if amount.values.isdisjoint(mentioned) and not re.fullmatch("[一二三1-3１-３]", amount.written)]
     if lost or new:
         return [*lost, *new]
     sides = amounts(source, source_lang), amounts(target, other)

@@ -191,8 +191,8 @@ REQUESTS_JA: dict[str, str] = {
     "列挙": "list|enumerat|name|give", "要約": "summar|condens|brief|digest", "まとめ": "sum up|summar|put together|organi|compil|pack|gather|wrap|outline|consolidat|writ", "翻訳": "translat", "訳し": "translat|render",
     "作って": "mak|creat|writ|build|prepar|generat|compos|cook|design|produc|develop", "作成": "creat|writ|mak|generat|draft|prepar|build|produc|design|develop|compos", "考え": "think|come up|consider|devis|suggest|creat|plan|brainstorm|imagin|propos|idea",
     "答え": "answer|repl|respond|respons|solv", "回答": "answer|repl|respond|respons", "比較し": "compar|contrast|differ", "分類": "classif|categor|sort|group", "提案": "suggest|propos|recommend|offer",
-    "計算": "calculat|comput|work out|figure|find", "リスト[にをア化]": "list", "生成": "generat|creat|produc|mak", "書き直": "turn|chang|mak|rewrit|rephras|revis|redo|reword|re-writ", "無視": "ignor|disregard|overlook|forget", "忘れて": "forget|disregard|ignor",
-    "書き出し": "writ|list|copy|output|print|put|spell|export|reproduc|transcrib|jot", "(?<!電)話し": "tell|talk|speak|say|shar|chat|discuss|describ|spoke|let|explain",
+    "計算": "calculat|comput|work out|figure|find", "(?<!チェック)リスト[にをア化]": "list", "生成": "generat|creat|produc|mak", "書き直": "turn|chang|mak|rewrit|rephras|revis|redo|reword|re-writ", "無視": "ignor|disregard|overlook|forget", "忘れて": "forget|disregard|ignor",
+    "書き出し": "writ|list|copy|output|print|put|spell|export|reproduc|transcrib|jot", "(?<![一-龠])話し": "tell|talk|speak|say|shar|chat|discuss|describ|spoke|let|explain",
     "述べ": "stat|say|mention|describ|express|tell|explain|declar|not|giv|remark|set out|repl|answer|discuss|comment"}
 ASKED_JA = "[^。！？\\n]{0,12}(?:て(?:ください|下さい|くださ|ほしい|欲しい|くれ(?!た|て)|もらえ|もらい|いただけ|いただき|頂け|頂き|ね|よ)|なさい|せよ|しろ|お願い|て[。！]?$)"
 _VAGUE = ("name make count state help remove print find reverse plan design guess outline add fill output say sort speak sing spell complete delete give tell repeat show ")
