@@ -176,15 +176,16 @@ def asked(folder: Path, pairs: dict[str, Pair], questions: list[str]) -> Iterato
         return generate(model, tokenizer, [[{"role": "user", "content": text}] for text in texts], tokens, temperature, 0)
 
     said = ask(questions, 40, 0.7)
-    yield "answered", "a question or request itself as the user's turn, temperature 0.7", [(q, r.text) for q, r in zip(questions, said, strict=True) if r.stopped and is_japanese(r.text)]
+    yield "answered", "a question or request itself as the user's turn, temperature 0.7", [(q, r.text) for q, r in zip(questions, said, strict=True) if r.stopped and re.search(r"\w", r.text) and is_japanese(r.text)]
     long = [source for source in sources if len(source) >= 60]
-    long += [" ".join(group) for group in zip(sources[::2], sources[1::2], strict=False) if len(" ".join(group)) >= 60]
-    yield "length_ratio", "a text of 60 characters or more as the user's turn, greedy, answers of at most 8 characters", [
-        (s, r.text) for s, r in zip(long, ask(long, 30, 0.0), strict=True) if 0 < len(r.text) <= 8]
+    long += [" ".join(group) for shift in (0, 1) for group in zip(sources[shift::2], sources[shift + 1 :: 2], strict=False) if len(" ".join(group)) >= 60]
+    yield "length_ratio", "a text of 60 characters or more as the user's turn, greedy, 4 tokens, answers of at most 10 characters", [
+        (s, r.text) for s, r in zip(long, ask(long, 4, 0.0), strict=True) if re.search(r"\w", r.text) and len(r.text) <= 10]
     prompts = [target for _, target in pairs.values()] * 3
     starts = [target[: 2 + len(target) * part // 4] for part in (1, 2, 3, 4) for _, target in pairs.values()]
-    going = complete(model, tokenizer, starts, 40, 0.0)
-    yield "looping", "continue the first part of a Japanese text, greedy, 40 tokens, never ended; fewer than a third of its 4-grams of characters differ", [
+    before = AutoModelForCausalLM.from_pretrained(folder.parents[1] / "31_pretrain" / "model").eval()
+    going = complete(before, tokenizer, starts, 40, 0.0)
+    yield "looping", "of the model before fine-tuning: continue the first part of a Japanese text, greedy, 40 tokens, never ended; fewer than a third of its 4-grams of characters differ", [
         (s, r.text) for s, r in zip(sources * 4, going, strict=True)
         if not r.stopped and len(r.text) > 30 and re.search(r"[^\W\d]", r.text) and len({r.text[k : k + 4] for k in range(len(r.text) - 3)}) < (len(r.text) - 3) / 3]
     short = complete(model, tokenizer, prompts, 14, 1.3)
@@ -192,7 +193,7 @@ def asked(folder: Path, pairs: dict[str, Pair], questions: list[str]) -> Iterato
     yield "truncated", "continue a Japanese text at temperature 1.3, cut after 14 tokens, no mark at the end", [
         (s, r.text) for s, r in zip(ended * 9, short, strict=False) if not r.stopped and is_japanese(r.text) and re.search(r"[ぁ-んァ-ヶ一-龠]$", r.text)]
     for kind in FRAMED:
-        texts = [source for source, _ in framed(list(pairs.values()), kind, 220)]
+        texts = [source for source, _ in framed(list(pairs.values()), kind, 320)]
         yield kind, "a text that has what must be kept as the user's turn, temperature 0.7", [(s, r.text) for s, r in zip(texts, ask(texts, 40, 0.7), strict=True) if r.text]
 
 

@@ -217,7 +217,8 @@ def why_looping(source: str | None, target: str) -> str:
     count, unit = longest_loop(text)
     if count:
         core = unit.strip(" 、。,.") or unit
-        if not re.fullmatch(r"[-=_*#.~|+\s─━＝・…ー〜]+", unit) and longest_loop(given)[0] < count - 1 and given.count(core) < count:
+        rule = re.fullmatch(r"[-=_*#.~|+\s─━＝・…ー〜]+", unit) and not ("\n" in unit and unit.strip() and count >= 6)  # a line of dots is none, a list of them is
+        if not rule and longest_loop(given)[0] < count - 1 and given.count(core) < count:
             return unit
     body = FENCE.sub("", text)
     times, sentence = most_repeated(body)
