@@ -345,8 +345,8 @@ def run(config: Config, inputs: dict[str, Artifact], work: Work) -> dict[str, An
         chats, tables = read_sources(config.sources, config.direction[:2], config.seed, drop), Tables(config, work)
         client = Client(store, endpoints, Spend(config.cap_usd, config.cap_tokens), config.concurrency, config.timeout_seconds, config.wire_tries,
                         config.max_tokens)
-        # a thread of its own: a notebook's loop is busy
-        pool.submit(asyncio.run, translate_all(client, config, chats, tables, work)).result()
+        client.progress.total = sum(len(parts(message["content"], config.part_characters)) for chat in chats for message in chat["messages"])
+        pool.submit(asyncio.run, translate_all(client, config, chats, tables, work)).result()  # a thread: a notebook's loop is busy
         metrics = tables.metrics(client.price)
     tables.flush()
     if not tables.origins:

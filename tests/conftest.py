@@ -35,6 +35,7 @@ def data_folder() -> Path:
 
 
 RUNNING: dict[str, subprocess.Popen] = {}
+SECRET = "sk-test-0123456789abcdefOFTHERUN"  # the run's key: found nowhere in what it leaves (test_run)
 
 
 def pytest_collection_finish(session):
@@ -44,7 +45,8 @@ def pytest_collection_finish(session):
         RUN.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-c", "from shisa.cli import main; main()", "run", "--out", str(RUN), "--rebuild"]
         log = open(RUN.parent / "run.log", "w", encoding="utf-8")  # noqa: SIM115 (read when the run has ended)
-        RUNNING["run"] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        environment = {**os.environ, "OPENAI_API_KEY": SECRET}
+        RUNNING["run"] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def pytest_sessionfinish(session):

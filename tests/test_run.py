@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, shisa
+from conftest import ROOT, SECRET, shisa
 
 from shisa.pipeline import CHAPTERS, STAGES
 from shisa.report import headline
@@ -41,6 +41,13 @@ def test_every_refusal_retry_and_back_fill_happened(finished_run):
     metrics = Artifact(finished_run / "41_translate").metrics
     assert {"truncated", "untranslated", "chatty", "looping", "answered", "timeout"} <= {*metrics["refused"]}
     assert metrics["retried"] > 0 and metrics["texts"]["stronger"] > 0 and {"shortened", "backfilled"} & {*metrics["conversations"]}
+
+
+def test_the_key_is_in_no_store_log_manifest_notebook_or_card(finished_run):
+    files = [path for path in (*finished_run.rglob("*"), finished_run.parent / "run.log") if path.is_file()]
+    names = {path.name for path in files}
+    assert {"answers.sqlite", "manifest.json", "41_translate.ipynb", "README.md", "report.html", "run.log"} <= names
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 def test_second_run_skips_everything(finished_run):
