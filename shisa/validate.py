@@ -145,7 +145,8 @@ def why_truncated(source: str | None, target: str, target_lang: Language = "ja")
     if source is None:
         return end if DANGLING_JA.search(text) and target_lang == "ja" and len(text) > 20 and not re.search("(?:ため|から|まで|もの|こと)$", text) else ""
     finished = COMPLETE.search(text)
-    if TERMINAL.search(given) and not finished:
+    notice = target_lang == "ja" and len(given.split()) <= 2 and re.search("[一-龠ァ-ヶー]$", text)  # No parking. 駐車禁止
+    if TERMINAL.search(given) and not finished and not notice:
         return end
     if not TERMINAL.search(given) and not finished and len(given) > 12 and (DANGLING_JA if target_lang == "ja" else DANGLING_EN).search(text) and not DANGLING_EN.search(given) and not DANGLING_JA.search(given):
         return end
