@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: the local data folder, and one finished `tiny` run for all who read it."""
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,15 @@ def shisa(*arguments: str, cwd: Path = ROOT, env: dict | None = None, timeout: f
     environment = {**os.environ, **(env or {})}
     command = [sys.executable, "-c", "from shisa.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def answers_in(store: Path) -> int:
+    """How many answers a store holds, read beside its owner; 0 where it is not there yet."""
+    try:
+        with sqlite3.connect(f"file:{store}?mode=ro", uri=True, timeout=5) as connection:
+            return connection.execute("select count(*) from answers").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import shisa
+from conftest import answers_in, shisa
 from hypothesis import given
 from hypothesis import strategies as st
 from injections import INJECTIONS
@@ -177,17 +177,6 @@ def test_killed_in_the_middle_goes_on_and_ends_with_the_same_bytes(undisturbed, 
     for name in undisturbed.manifest["files"]:
         assert resumed.file(name).read_bytes() == undisturbed.file(name).read_bytes(), name
     assert resumed.metrics == undisturbed.metrics
-
-
-def answers_in(store: Path) -> int:
-    """How many answers a store holds, read beside its owner; 0 where it is not there yet."""
-    import sqlite3
-
-    try:
-        with sqlite3.connect(f"file:{store}?mode=ro", uri=True, timeout=5) as connection:
-            return connection.execute("select count(*) from answers").fetchone()[0]
-    except sqlite3.OperationalError:
-        return 0
 
 
 def test_no_endpoint_is_one_line_and_nothing_is_left(tmp_path, monkeypatch):
