@@ -7,7 +7,7 @@ __all__ = ['CATEGORIES', 'STAGE', 'topics', 'draw_topics', 'list_messages', 'exi
            'next_round', 'judge', 'Writer', 'endpoints_of', 'bill', 'write_tables', 'summary_of', 'run', 'external',
            'plot']
 
-# %% ../nbs/42_generate.ipynb #7365c137
+# %% ../nbs/42_generate.ipynb #24ef1194
 import asyncio
 import os
 import random
@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
 from .bundled import BUNDLED, BUNDLED_STRONGER, Rates, open_endpoints, replies
-from .client import Client, Endpoint, Used, bill_rows, count_answer, map_bounded
+from .client import Client, Endpoint, Used, bill_rows, count_answer, map_bounded, of_the_wire
 from .config import ShisaError, StageConfig, file_sha256, fingerprint, identity, markdown_table, placement, run_root
 from .evalsets import data_fingerprint, evaluation_texts
 from .leaks import KANA
@@ -118,7 +118,7 @@ def config(profile: str) -> Config:
                   stronger_attempts=2, licence=f"output of {first}, {stronger}", spoilt=0, slow=0, error=0, concurrency=64,
                   timeout_seconds=180, **caps)
 
-# %% ../nbs/42_generate.ipynb #979a7fb5
+# %% ../nbs/42_generate.ipynb #cc3258c2
 @dataclass
 class Entry:
     """One instruction, as a row of instructions.parquet; `reason` says why it is not kept."""
@@ -166,10 +166,8 @@ def next_round(config: Config, log: Log) -> list[tuple[str, int]]:
 
 def judge(instruction: str, answer: Answer) -> Refusal | None:
     """Why a reply is refused: what the endpoint says of it first, then what the text shows; None accepts it."""
-    if answer.finish in ("timeout", "endpoint_error"):
-        return Refusal(answer.finish)
-    if answer.finish in ("length", "content_filter"):
-        return Refusal("truncated" if answer.finish == "length" else "refused", "the endpoint says so")
+    if reason := of_the_wire(answer):
+        return Refusal(reason, "the endpoint says so")
     reasons = check_reply(instruction, answer.text)
     return Refusal(reasons[0].kind, reasons[0].evidence) if reasons else None
 
@@ -192,7 +190,7 @@ class Writer:
         log.batches[category] += 1
         count_answer(log.used, config.first, "instructions", answer)
         texts = parse_list(answer.text, answer.finish == "length")
-        trouble = {"length": "truncated", "content_filter": "refused", "stop": ""}.get(answer.finish, answer.finish)
+        trouble = of_the_wire(answer)
         if trouble := trouble or ("" if texts else "refused" if PATTERNS["refused"].search(answer.text) else "unreadable"):
             log.lists[trouble] += 1
             self.work.reject(id, f"list: {trouble}", answer.text, config.first)

@@ -7,7 +7,7 @@ __all__ = ['TALK', 'SCHEMA', 'STAGE', 'chosen_fault', 'candidates', 'scored_rows
            'strong_answer', 'strong_answers', 'bill', 'sample_fault', 'take_sample', 'Fates', 'read_scored',
            'clean_prompts', 'answered', 'pair_up', 'run', 'finish', 'plot']
 
-# %% ../nbs/60_pairs.ipynb #5b6d38cd
+# %% ../nbs/60_pairs.ipynb #3ef707f6
 import asyncio
 import hashlib
 import heapq
@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import polars as pl
 from .bundled import BUNDLED_STRONGER, Rates, bundled_server
-from .client import Client, Endpoint, Used, bill_rows, count_answer, endpoints_from_environment, map_bounded
+from .client import Client, Endpoint, Used, bill_rows, count_answer, endpoints_from_environment, map_bounded, of_the_wire
 from .config import ShisaError, StageConfig, file_sha256, identity, markdown_table, numeric, placement
 from .evalsets import data_fingerprint, evaluation_texts
 from .leaks import stray_spans
@@ -144,7 +144,7 @@ def config(profile: str) -> PairsConfig:
                     "stronger": os.environ.get("SHISA_STRONGER_MODEL", "gpt-4.1"), **caps_from_environment()},
     }[profile])
 
-# %% ../nbs/60_pairs.ipynb #7a4947d6
+# %% ../nbs/60_pairs.ipynb #03788b26
 @contextmanager
 def open_endpoints(config: PairsConfig) -> Iterator[list[Endpoint]]:
     """Where the strong model is asked; the bundled server lives as long as the context."""
@@ -161,8 +161,8 @@ async def strong_answer(client: Client, config: PairsConfig, used: Used, row: Ro
     for seed in range(config.attempts):
         answer = await client.ask(config.stronger, row["prompt"], seed, round(0.3 * seed, 3), config.answer_tokens)
         count_answer(used, config.stronger, "chosen answers", answer)
-        told = {"length": "chosen: truncated", "content_filter": "chosen: refused", "stop": ""}
-        reason = told.get(answer.finish, answer.finish) or chosen_fault({**row, "chosen": _said(answer.text)})
+        told = of_the_wire(answer)
+        reason = f"chosen: {told}" if told else chosen_fault({**row, "chosen": _said(answer.text)})
         if not reason:
             return answer.text.strip(), refused
         refused.append(reason)

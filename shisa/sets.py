@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import orjson
 from .config import ShisaError
-from .sample import NO_TEXT, NOT_JSON, NUL, OTHER, SAMPLE_LICENCE, TOO_LONG, UNKNOWN, Records, parse, sample_file, unreachable
+from .sample import NO_TEXT, NOT_JSON, OTHER, SAMPLE_LICENCE, TOO_LONG, UNKNOWN, Records, parse, sample_file, unreachable
 from .shapes import SUFFIXES, Unusable, conversation, language, licence_beside, read_messages, shape_of, text_of, turns_of
 from .text import line_blocks
 
